@@ -1,0 +1,71 @@
+"""Conditional random fields and their relatives for dense labelling, in JAX.
+
+Every system here is a linear filter over pixels plus a small algorithm that uses it; see `jaxcrf.filters`
+and `jaxcrf.inference`. The names below load on first use, so that `import jaxcrf` costs little more than
+`import jax`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxcrf import compat as compat
+    from jaxcrf import compatibility as compatibility
+    from jaxcrf import data as data
+    from jaxcrf import filters as filters
+    from jaxcrf import inference as inference
+    from jaxcrf import metrics as metrics
+    from jaxcrf import plots as plots
+    from jaxcrf import presets as presets
+    from jaxcrf.features import Features as Features
+    from jaxcrf.features import bilateral_features as bilateral_features
+    from jaxcrf.features import position_features as position_features
+    from jaxcrf.inference.energy import free_energy as free_energy
+    from jaxcrf.inference.energy import gibbs_energy as gibbs_energy
+    from jaxcrf.inference.mean_field import MeanFieldResult as MeanFieldResult
+    from jaxcrf.inference.mean_field import MeanFieldStats as MeanFieldStats
+    from jaxcrf.inference.mean_field import mean_field as mean_field
+    from jaxcrf.presets import Preset as Preset
+    from jaxcrf.refinement import RefineConfig as RefineConfig
+    from jaxcrf.refinement import refine as refine
+    from jaxcrf.refinement import refine_logits as refine_logits
+    from jaxcrf.unary import unary_from_labels as unary_from_labels
+    from jaxcrf.unary import unary_from_probs as unary_from_probs
+
+_SUBMODULES = ("compat", "compatibility", "data", "filters", "inference", "metrics", "plots", "presets")
+_HOMES = {
+    "Features": "features",
+    "MeanFieldResult": "inference.mean_field",
+    "MeanFieldStats": "inference.mean_field",
+    "Preset": "presets",
+    "RefineConfig": "refinement",
+    "bilateral_features": "features",
+    "free_energy": "inference.energy",
+    "gibbs_energy": "inference.energy",
+    "mean_field": "inference.mean_field",
+    "position_features": "features",
+    "refine": "refinement",
+    "refine_logits": "refinement",
+    "unary_from_labels": "unary",
+    "unary_from_probs": "unary",
+}
+
+__all__ = ["__version__", *_SUBMODULES, *_HOMES]  # noqa: PLE0604  (names, spelled in the tables above)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"jaxcrf.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"jaxcrf.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("jaxcrf")
+    raise AttributeError(f"module 'jaxcrf' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
