@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float
@@ -85,6 +86,7 @@ def window_message(
 
     Raises:
         ValueError: if shapes disagree, a window is even, or the implementation is unknown.
+        TypeError: if a window is no whole number.
 
     Differentiable in `q`, `features`, `weights`, `left` and `right`. The backward pass streams over the
     window like the forward one, and only computes what is asked for.
@@ -121,7 +123,9 @@ def _checked_config(q, features, weights, filter_size, position_bandwidths, left
             "Reshape leading batch axes into one."
         )
     if not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(f"q: got dtype {q.dtype}; expected floating point. Cast it, e.g. q.astype('float32').")
+        raise ValueError(
+            f"q: got dtype {q.dtype}; expected floating point. Cast it, e.g. q.astype('float32')."
+        )
     spatial = q.shape[1:-1]
     count = len(features)
     if count == 0:
@@ -145,7 +149,10 @@ def _checked_config(q, features, weights, filter_size, position_bandwidths, left
         if array is not None:
             check(name, array, count)
 
-    sizes = (filter_size,) * len(spatial) if isinstance(filter_size, int) else tuple(map(int, filter_size))
+    sizes = (filter_size,) * len(spatial) if np.ndim(filter_size) == 0 else tuple(filter_size)
+    if not all(isinstance(k, int | np.integer) for k in sizes):
+        raise TypeError(f"filter_size: got {filter_size}; expected whole numbers")
+    sizes = tuple(map(int, sizes))
     if len(sizes) != len(spatial) or any(k < 1 or k % 2 == 0 for k in sizes):
         raise ValueError(
             f"filter_size: got {filter_size}; expected an odd number >= 1, or one for each of the "

@@ -162,6 +162,7 @@ class _Blocks(NamedTuple):
         begin = [start[0] if x.shape[0] > 1 else 0]
         begin += [start[a + 1] + offset[a] for a in range(len(self.span))]
         begin.insert(-1, 0)
+        begin = [jnp.asarray(index, jnp.int32) for index in begin]  # under x64 a loop counts in int64
         size = (1, *self.block[:-1], x.shape[-2], self.block[-1])
         return lax.dynamic_slice(x, begin, size)[0]
 
@@ -243,7 +244,8 @@ def _forward(
         def one_offset(t: Array, total: Array) -> Array:
             offset = _offset(t, config.filter_size)
             differences = [
-                None if h is None else h - blocks.slice(f, start, offset) for h, f in zip(here, fs, strict=True)
+                None if h is None else h - blocks.slice(f, start, offset)
+                for h, f in zip(here, fs, strict=True)
             ]
             sender = None if rs is None else blocks.slice(rs, start, offset)
             kernel = _total(_kernel(table[t], differences), [scale, sender])
@@ -305,7 +307,8 @@ def _backward(
         def one_offset(t: Array, found: dict) -> dict:
             offset = _offset(t, config.filter_size)
             differences = [
-                None if h is None else h - blocks.slice(f, start, offset) for h, f in zip(here, fs, strict=True)
+                None if h is None else h - blocks.slice(f, start, offset)
+                for h, f in zip(here, fs, strict=True)
             ]
             s_j, r_j = (None if s is None else blocks.slice(s, start, offset) for s in (ls, rs))
             q_j = blocks.slice(qs, start, offset).astype(dtype)
@@ -340,7 +343,9 @@ def _backward(
         found = lax.fori_loop(0, len(table), one_offset, initial)
         collected: dict = {}
         if needs.features:
-            collected["features"] = [None if f is None else jnp.moveaxis(f, -2, -1) for f in found["features"]]
+            collected["features"] = [
+                None if f is None else jnp.moveaxis(f, -2, -1) for f in found["features"]
+            ]
         if needs.weights:  # a partial sum per block, so that float32 never adds a whole image one by one
             collected["weights"] = jnp.stack([total.sum() for total in found["weights"]])
         for name in ("left", "right"):

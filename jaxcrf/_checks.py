@@ -1,0 +1,142 @@
+"""Argument checks, in two tiers.
+
+Shapes, types and Python scalars are checked everywhere, at trace time. Values (NaN, negative
+probabilities, labels out of range) can only be looked at on concrete arrays: each `check_*` below does so
+in one fused reduction and passes silently over tracers, where NaN propagates instead.
+
+Dimension legend of the whole package: `*batch` any number of leading batch axes; `*spatial` the spatial
+axes (`height width`, or `depth height width`); `labels` the labels of a pixel; `d` the feature dimensions
+of a kernel; `kernels` the kernels that one filter merges; `channels` the channels of an image.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# How far probabilities may be from summing to one: 8-bit and float16 soft-max outputs pass, logits and
+# percentages do not.
+SUM_TOLERANCE = 1e-2
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether values can be looked at, that is, `x` is not being traced."""
+    return not isinstance(x, jax.core.Tracer)
+
+
+def as_float(x: Any) -> jax.Array:
+    """`x` as an array of float32, or of its own type if that is floating point."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+
+
+def positive_bandwidths(name: str, value: Any, count: int) -> tuple[Any, ...]:
+    """Expands a bandwidth to one per axis and checks those that are known.
+
+    Args:
+        name: the argument's name, for errors.
+        value: a number, or one per axis.
+        count: the number of axes.
+
+    Returns:
+        `count` numbers: Python floats where the value is concrete, tracers otherwise.
+
+    Raises:
+        ValueError: if there are not `count` of them or one is not greater than zero.
+    """
+    if isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1:
+        values = tuple(value)
+        if len(values) != count:
+            raise ValueError(
+                f"{name}: got {len(values)} bandwidths; expected one number, or one for each of {count} axes"
+            )
+    else:
+        values = (value,) * count
+    if all(is_concrete(v) for v in values):
+        values = tuple(float(v) for v in values)
+        if any(not v > 0 for v in values):
+            raise ValueError(
+                f"{name}: got {value}; a bandwidth must be greater than 0. Leave the feature out, "
+                "or give its kernel weight 0, to switch it off."
+            )
+    return values
+
+
+def check_spatial_ndim(spatial_ndim: int) -> None:
+    """Raises unless there are one to three spatial axes."""
+    if spatial_ndim not in (1, 2, 3):
+        raise ValueError(f"spatial_ndim: got {spatial_ndim}; expected 1, 2 (images) or 3 (volumes)")
+
+
+def check_num_labels(num_labels: Any) -> int:
+    """Raises unless `num_labels` is a whole number of at least 1."""
+    if isinstance(num_labels, bool) or not isinstance(num_labels, (int, np.integer)) or num_labels < 1:
+        raise ValueError(f"num_labels: got {num_labels!r}; expected a whole number >= 1")
+    return int(num_labels)
+
+
+def check_not_empty(name: str, x: jax.Array) -> None:
+    """Raises if `x` holds nothing."""
+    if x.size == 0:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, which holds nothing; every axis must be >= 1")
+
+
+@jax.jit
+def _survey(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return jnp.isfinite(x).all(), x.min(), x.max()
+
+
+@jax.jit
+def _survey_probs(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.isfinite(x).all(), x.min(), jnp.abs(x.sum(-1) - 1).max()
+
+
+def check_finite(name: str, x: jax.Array) -> None:
+    """Raises if a concrete floating-point `x` holds NaN or infinity."""
+    if is_concrete(x) and jnp.issubdtype(x.dtype, jnp.floating) and x.size and not bool(_survey(x)[0]):
+        raise ValueError(f"{name}: holds NaN or infinite values; replace them, e.g. with numpy.nan_to_num")
+
+
+def check_probs(name: str, probs: jax.Array) -> None:
+    """Raises if concrete `probs` are not probabilities over the last axis, up to `SUM_TOLERANCE`."""
+    if not jnp.issubdtype(probs.dtype, jnp.floating):
+        raise ValueError(
+            f"{name}: got dtype {probs.dtype}; expected floating-point probabilities. "
+            "Pass a label map as labels=…, num_labels=…; divide 8-bit probabilities by 255."
+        )
+    if not is_concrete(probs) or not probs.size:
+        return
+    finite, low, off = _survey_probs(probs)
+    if not bool(finite):
+        raise ValueError(f"{name}: holds NaN or infinite values; replace them before refining")
+    if float(low) < -SUM_TOLERANCE:
+        raise ValueError(
+            f"{name}: holds negative values (smallest {float(low):.4g}); pass unnormalised scores as logits=…"
+        )
+    if float(off) > SUM_TOLERANCE:
+        raise ValueError(
+            f"{name}: do not sum to 1 over the last axis (off by up to {float(off):.4g}, {SUM_TOLERANCE} is "
+            "accepted); normalise them, move the label axis last, or pass scores as logits=…"
+        )
+
+
+def check_labels(name: str, labels: jax.Array, num_labels: int, ignore_label: int | None) -> None:
+    """Raises if `labels` are not whole numbers, or concrete ones are out of range."""
+    if not (jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == jnp.bool_):
+        raise ValueError(
+            f"{name}: got dtype {labels.dtype}; expected integers. Pass probabilities as probs=…, "
+            "or cast the map, e.g. labels.astype('int32')."
+        )
+    if not is_concrete(labels) or not labels.size:
+        return
+    kept = labels if ignore_label is None else jnp.where(labels == ignore_label, 0, labels)
+    _, low, high = _survey(kept.astype(jnp.int32))
+    if int(low) < 0 or int(high) >= num_labels:
+        raise ValueError(
+            f"{name}: holds label {int(low) if int(low) < 0 else int(high)}; expected 0 to {num_labels - 1}"
+            f"{'' if ignore_label is None else f' or ignore_label={ignore_label}'}. "
+            "Raise num_labels, or name the label to be ignored."
+        )

@@ -1,0 +1,3 @@
+"""Other tools' interfaces, on jaxcrf's arithmetic: the only place where their conventions live."""
+
+from jaxcrf.compat import convcrf as convcrf

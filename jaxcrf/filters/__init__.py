@@ -1,0 +1,10 @@
+"""Linear filters over pixels, `q ↦ K q`: immutable pytrees, built once per image.
+
+Every filter has an exact transpose `K.T`, its `K.diagonal()`, a static `K.is_symmetric`, four
+normalisations `K.normalized(kind)`, and can be added to another: `K1 + K2`.
+"""
+
+from jaxcrf.filters.base import Diagonal as Diagonal
+from jaxcrf.filters.base import Filter as Filter
+from jaxcrf.filters.base import Sum as Sum
+from jaxcrf.filters.window import Window as Window

@@ -1,0 +1,374 @@
+"""The truncated Gaussian filter of ConvCRF."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxcrf_kernels import window_message
+from jaxtyping import Float
+
+from jaxcrf import _checks
+from jaxcrf.features import Features
+from jaxcrf.filters.base import (
+    NORMALIZATION_EPSILON,
+    Filter,
+    Normalization,
+    check_normalization,
+    filter_pytree,
+    flatten_batch,
+)
+from jaxcrf.filters.resampling import (
+    average_pool,
+    bilinear_upsample,
+    cells,
+    pixels_per_cell,
+    upsample_weights,
+)
+
+
+@filter_pytree(
+    data=("features", "weights", "left", "right"),
+    static=(
+        "_spatial",
+        "filter_size",
+        "blur",
+        "position_bandwidths",
+        "transposed",
+        "symmetric_scales",
+        "implementation",
+    ),
+)
+class Window(Filter):
+    r"""Gaussian kernels inside a window around every pixel, exact there and zero outside.
+
+    .. math::
+        (Kq)_i = \sum_{\lVert i - j \rVert_\infty \le s} \sum_m w_m
+            \exp\bigl(-\tfrac12 \lVert f_{m,i} - f_{m,j} \rVert^2\bigr)\, q_j,
+        \qquad \text{filter size} = 2s + 1 .
+
+    Several kernels are merged into one pass over `q`. Kernel values are never stored. With `blur = b > 1`
+    the filter is `U K P`: features and maps are averaged over `b × b` cells (`P`), filtered on that
+    grid, and brought back bilinearly (`U`), so that the window reaches `b` times as far. The centre pixel
+    is part of the window, pixels outside the image count as zero.
+
+    Differentiable in `q`, in the features (through them in images and bandwidths) and in the weights;
+    neither direction ever holds `labels × window × pixels` numbers.
+
+    Args:
+        features: one kernel's features or a tuple of several kernels', each `Features` or an array
+            `[*batch, *spatial, d]` already divided by its bandwidths. Batch axes broadcast.
+        filter_size: the odd width of the window, in pixels of the blurred grid; one number, or one per
+            spatial axis.
+        weights: one number for all kernels, or one per kernel.
+        blur: the pooling factor `b`.
+        spatial_ndim: 2 for images, 3 for volumes.
+        implementation: None for the best available, or a name that `jaxcrf info` lists.
+
+    Raises:
+        ValueError: on an even or non-positive window, features that disagree in their spatial shape,
+            a wrong number of weights, zero-size arrays.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxcrf
+        >>> image = jnp.zeros((6, 8, 3)).at[:, 4:].set(255.0)
+        >>> K = jaxcrf.filters.Window(jaxcrf.bilateral_features(image, 80, 13), filter_size=3)
+        >>> q = jnp.ones((6, 8, 1))
+        >>> K(q)[3, :, 0].round(2)  # nothing crosses the edge in the middle of the image
+        Array([6., 9., 9., 6., 6., 9., 9., 6.], dtype=float32)
+
+    References:
+        Teichmann and Cipolla, *Convolutional CRFs for Semantic Segmentation*, 2018, eq. 5, 6 and §4.2.
+    """
+
+    features: tuple[Array, ...]  # per kernel, on the filter's grid, without tabulated positions
+    weights: Array  # [kernels]
+    left: Array | None  # [*batch, *spatial, kernels], per pixel, applied after the kernel
+    right: Array | None  # likewise, applied before it
+    _spatial: tuple[int, ...]
+    filter_size: tuple[int, ...]
+    blur: int
+    position_bandwidths: tuple[tuple[float, ...] | None, ...]  # tabulated positions, in cells of the grid
+    transposed: bool
+    symmetric_scales: bool
+    implementation: str | None
+
+    def __init__(
+        self,
+        features: Features | Any | Sequence[Features | Any],
+        filter_size: int | Sequence[int] = 11,
+        *,
+        weights: Any = 1.0,
+        blur: int = 1,
+        spatial_ndim: int = 2,
+        implementation: str | None = None,
+    ):
+        _checks.check_spatial_ndim(spatial_ndim)
+        kernels = [
+            f if isinstance(f, Features) else Features(jnp.asarray(f))
+            for f in (features if isinstance(features, (tuple, list)) else (features,))
+        ]
+        if not kernels:
+            raise ValueError("features: got an empty tuple; pass the features of at least one kernel")
+        for f in kernels:
+            if f.values.ndim < spatial_ndim + 1:
+                raise ValueError(
+                    f"features: got shape {f.values.shape}; expected [*batch, {spatial_ndim} spatial axes, d] "
+                    "(spatial_ndim=3 for volumes)"
+                )
+            _checks.check_not_empty(
+                "features", f.values[..., :0, None] if f.values.shape[-1] == 0 else f.values
+            )
+            if f.position_bandwidths is not None and len(f.position_bandwidths) != spatial_ndim:
+                raise ValueError(
+                    f"features: positions along {len(f.position_bandwidths)} axes do not fit spatial_ndim={spatial_ndim}"
+                )
+        shapes = {f.values.shape[-1 - spatial_ndim : -1] for f in kernels}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"features: kernels disagree in their spatial shape, {sorted(shapes)}; build all from one image"
+            )
+        (spatial,) = shapes
+        sizes = (
+            (filter_size,) * spatial_ndim
+            if isinstance(filter_size, (int, np.integer))
+            else tuple(filter_size)
+        )
+        if len(sizes) != spatial_ndim or any(int(k) != k or k < 1 or k % 2 == 0 for k in sizes):
+            raise ValueError(
+                f"filter_size: got {filter_size}; expected an odd number >= 1 (a window has a centre), "
+                f"or one for each of the {spatial_ndim} spatial axes"
+            )
+        if isinstance(blur, bool) or not isinstance(blur, (int, np.integer)) or blur < 1:
+            raise ValueError(f"blur: got {blur!r}; expected a whole number >= 1")
+        weights = _checks.as_float(weights)
+        if weights.shape not in ((), (len(kernels),)):
+            raise ValueError(
+                f"weights: got shape {weights.shape} for {len(kernels)} kernels; expected one number or ({len(kernels)},)"
+            )
+        on_grid = [_to_grid(f, int(blur), spatial) for f in kernels]
+        fields = {
+            "features": tuple(values for values, _ in on_grid),
+            "weights": jnp.broadcast_to(weights, (len(kernels),)),
+            "left": None,
+            "right": None,
+            "_spatial": spatial,
+            "filter_size": tuple(int(k) for k in sizes),
+            "blur": int(blur),
+            "position_bandwidths": tuple(bandwidths for _, bandwidths in on_grid),
+            "transposed": False,
+            "symmetric_scales": True,
+            "implementation": implementation,
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def spatial(self) -> tuple[int, ...]:  # noqa: D102
+        return self._spatial
+
+    @property
+    def batch(self) -> tuple[int, ...]:  # noqa: D102
+        tail = 1 + len(self._spatial)
+        arrays = [*self.features, *(s for s in (self.left, self.right) if s is not None)]
+        return jnp.broadcast_shapes(*(x.shape[: x.ndim - tail] for x in arrays))
+
+    @property
+    def is_symmetric(self) -> bool:
+        """True at blur 1 without, or with symmetric, normalisation."""
+        return self.blur == 1 and self.symmetric_scales
+
+    @property
+    def T(self) -> "Window":
+        """The transpose: scales change sides, and `U K P` becomes `Pᵀ K Uᵀ`."""
+        return self.replace(
+            left=self.right, right=self.left, transposed=not self.transposed and self.blur > 1
+        )
+
+    def diagonal(self) -> Float[Array, "*batch_and_spatial"]:  # noqa: D102
+        # A Gaussian is one at the centre; what blur does to it depends on where in its cell a pixel lies.
+        kernels = self.weights if self.blur == 1 else self.weights * self._blurred_diagonals()
+        if self.left is not None and self.right is not None:
+            kernels = kernels * self.left * self.right
+        elif self.left is not None or self.right is not None:
+            kernels = kernels * (self.left if self.right is None else self.right)
+        return jnp.broadcast_to(kernels.sum(-1), (*self.batch, *self._spatial))
+
+    def normalized(self, kind: Normalization) -> "Window":  # noqa: D102
+        check_normalization(kind)
+        bare = self.replace(left=None, right=None, symmetric_scales=True)
+        if kind == "none":
+            return bare
+        sums = []
+        for m in range(len(self.features)):
+            kernel = bare.replace(
+                features=self.features[m : m + 1],
+                position_bandwidths=self.position_bandwidths[m : m + 1],
+                weights=jnp.ones((1,), self.weights.dtype),
+            )
+            sums.append(kernel(jnp.ones((*self._spatial, 1), self.weights.dtype)))
+        batch = jnp.broadcast_shapes(*(x.shape for x in sums))
+        sums_all = (
+            jnp.concatenate([jnp.broadcast_to(x, batch) for x in sums], axis=-1) + NORMALIZATION_EPSILON
+        )
+        if kind == "symmetric":
+            scale = jax.lax.rsqrt(sums_all)
+            return bare.replace(left=scale, right=scale)
+        return bare.replace(
+            left=1 / sums_all if kind == "after" else None,
+            right=1 / sums_all if kind == "before" else None,
+            symmetric_scales=False,
+        )
+
+    @property
+    def restricts(self) -> bool:  # noqa: D102
+        return self.blur > 1
+
+    @property
+    def num_restricted(self) -> int:  # noqa: D102
+        return 1 if self.blur == 1 or (self.left is None and self.right is None) else len(self.features)
+
+    def restrict(self, q: Array) -> tuple[Array, ...]:  # noqa: D102
+        if self.blur == 1:
+            return (q,)
+        if self.num_restricted == 1 and self.right is None:
+            return (self._pool(q),)
+        # A scaled kernel reads a map of its own.
+        return tuple(
+            self._pool(q if self.right is None else (self.right[..., m, None] * q).astype(q.dtype))
+            for m in range(self.num_restricted)
+        )
+
+    def convolve(self, restricted: tuple[Array, ...]) -> tuple[Array, ...]:  # noqa: D102
+        if self.blur == 1:
+            return (self._message(restricted[0], slice(None), self.left, self.right),)
+        if len(restricted) == len(self.features):
+            return tuple(self._message(q, slice(m, m + 1)) for m, q in enumerate(restricted))
+        return (self._message(restricted[0], slice(None)),)
+
+    def prolong(self, convolved: tuple[Array, ...]) -> Array:  # noqa: D102
+        if self.blur == 1:
+            return convolved[0]
+        if self.left is None:
+            return self._unpool(sum(convolved[1:], convolved[0]))
+        parts = [self.left[..., m, None] * self._unpool(x) for m, x in enumerate(convolved)]
+        return sum(parts[1:], parts[0]).astype(convolved[0].dtype)
+
+    def __add__(self, other: Filter) -> Filter:
+        """Merges two windows of one geometry into one bank, so that both are filtered in one pass."""
+        static = ("_spatial", "filter_size", "blur", "transposed", "implementation")
+        if not isinstance(other, Window) or any(getattr(self, s) != getattr(other, s) for s in static):
+            return super().__add__(other)
+        scales = {}
+        for side in ("left", "right"):
+            pair = (getattr(self, side), getattr(other, side))
+            if pair == (None, None):
+                scales[side] = None
+                continue
+            both = [
+                jnp.ones((*self._spatial, len(k.features)), k.weights.dtype) if s is None else s
+                for s, k in zip(pair, (self, other), strict=True)
+            ]
+            batch = jnp.broadcast_shapes(*(s.shape[: s.ndim - len(self._spatial) - 1] for s in both))
+            scales[side] = jnp.concatenate(
+                [
+                    jnp.broadcast_to(s, (*batch, *s.shape[len(s.shape) - len(self._spatial) - 1 :]))
+                    for s in both
+                ],
+                -1,
+            )
+        return self.replace(
+            features=self.features + other.features,
+            weights=jnp.concatenate([self.weights, other.weights]),
+            position_bandwidths=self.position_bandwidths + other.position_bandwidths,
+            symmetric_scales=self.symmetric_scales and other.symmetric_scales,
+            **scales,
+        )
+
+    def _pool(self, q: Array) -> Array:
+        if not self.transposed:
+            return average_pool(q, self.blur, self._spatial)
+        grid = [cells(n, self.blur)[0] for n in self._spatial]
+        coarse = jax.ShapeDtypeStruct((*q.shape[: -1 - len(grid)], *grid, q.shape[-1]), q.dtype)
+        return jax.linear_transpose(lambda x: bilinear_upsample(x, self.blur, self._spatial), coarse)(q)[0]
+
+    def _unpool(self, x: Array) -> Array:
+        if not self.transposed:
+            return bilinear_upsample(x, self.blur, self._spatial)
+        fine = jax.ShapeDtypeStruct(
+            (*x.shape[: -1 - len(self._spatial)], *self._spatial, x.shape[-1]), x.dtype
+        )
+        return jax.linear_transpose(lambda q: average_pool(q, self.blur, self._spatial), fine)(x)[0]
+
+    def _message(
+        self, q: Array, kernels: slice, left: Array | None = None, right: Array | None = None
+    ) -> Array:
+        ndim = 1 + len(self._spatial)
+        batch = jnp.broadcast_shapes(q.shape[:-ndim], self.batch)
+        flat = jnp.broadcast_to(q, (*batch, *q.shape[-ndim:])).reshape(-1, *q.shape[-ndim:])
+        message = window_message(
+            flat,
+            [flatten_batch(f, batch, ndim) for f in self.features[kernels]],
+            self.weights[kernels],
+            filter_size=self.filter_size,
+            position_bandwidths=self.position_bandwidths[kernels],
+            left=None if left is None else flatten_batch(left, batch, ndim),
+            right=None if right is None else flatten_batch(right, batch, ndim),
+            implementation=self.implementation,
+        )
+        return message.reshape(*batch, *q.shape[-ndim:])
+
+    def _blurred_diagonals(self) -> Array:
+        """The diagonal of `U K P` per kernel of weight one, `[*batch, *spatial, kernels]`.
+
+        Pixel `i` lies in one cell, which passes `1/size` of it on; the message comes back to `i` from that
+        cell and its neighbours, `Σ_o U[i, cell + o] K[cell + o, cell] / size`.
+        """
+        ndim = len(self._spatial)
+        axes = [cells(n, self.blur) for n in self._spatial]
+        cell_of = [
+            (np.arange(n) + front) // self.blur for n, (_, front) in zip(self._spatial, axes, strict=True)
+        ]
+        size = 1.0
+        for a, n in enumerate(self._spatial):
+            along = pixels_per_cell(n, self.blur)[cell_of[a]]
+            size = size * along.reshape([-1 if a == b else 1 for b in range(ndim)])
+        total: Any = 0.0
+        for offset in itertools.product((-1, 0, 1), repeat=ndim):
+            if any(abs(o) > k // 2 for o, k in zip(offset, self.filter_size, strict=True)):
+                continue
+            weight = 1.0
+            for a, (n, o) in enumerate(zip(self._spatial, offset, strict=True)):
+                along = upsample_weights(n, self.blur)[:, o + 1]
+                weight = weight * along.reshape([-1 if a == b else 1 for b in range(ndim)])
+            if not np.any(weight):
+                continue
+            values = []
+            for f, bandwidths in zip(self.features, self.position_bandwidths, strict=True):
+                here = there = f
+                for a, o in enumerate(offset):
+                    axis = f.ndim - 1 - ndim + a
+                    neighbour = np.clip(cell_of[a] + o, 0, axes[a][0] - 1)
+                    here, there = jnp.take(here, cell_of[a], axis), jnp.take(there, neighbour, axis)
+                exponent = jnp.sum((here - there) ** 2, axis=-1)
+                if bandwidths is not None:
+                    exponent = exponent + sum((o / b) ** 2 for o, b in zip(offset, bandwidths, strict=True))
+                values.append(jnp.exp(-0.5 * exponent))
+            kernels = jnp.stack(jnp.broadcast_arrays(*values), axis=-1)
+            total = total + jnp.asarray(weight / size, self.weights.dtype)[..., None] * kernels
+        return total
+
+
+def _to_grid(f: Features, blur: int, spatial: tuple[int, ...]) -> tuple[Array, tuple[float, ...] | None]:
+    """A kernel's features on the filter's grid, and the bandwidths of what became a table of offsets."""
+    values = _checks.as_float(f.values)
+    known = f.position_bandwidths
+    # Cells that the border cuts have their mean position elsewhere: then positions stay features.
+    if known is not None and all(n % blur == 0 for n in spatial):
+        values, bandwidths = values[..., len(spatial) :], tuple(b / blur for b in known)
+    else:
+        bandwidths = None
+    return (values if blur == 1 else average_pool(values, blur, spatial)), bandwidths

@@ -1,0 +1,293 @@
+"""Mean-field inference, for every filter and compatibility."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from jaxcrf import _checks
+from jaxcrf.compatibility import reward
+from jaxcrf.filters import Filter
+from jaxcrf.inference.pairwise import PairwiseTerm, check_logits, pairwise_terms
+
+# A residual below which iterations count as converged where no tolerance was asked for.
+DEFAULT_TOLERANCE = 1e-3
+
+# The linear system behind implicit gradients: restarted GMRES, stopped at the accuracy of float32.
+IMPLICIT_TOLERANCE = 1e-6
+IMPLICIT_RESTART = 20
+IMPLICIT_RESTARTS = 10
+
+
+class MeanFieldStats(NamedTuple):
+    """How the iterations went.
+
+    Attributes:
+        iterations: how many were done.
+        residual: the largest change of a marginal in the last one, over all pixels, labels and images of
+            the batch. Where every filter is blurred the marginals are looked at on the blurred grid, which
+            is all that the next iteration would see of them.
+        converged: whether the residual is at most the tolerance (1e-3 where none was given).
+    """
+
+    iterations: Int[Array, ""]
+    residual: Float[Array, ""]
+    converged: Bool[Array, ""]
+
+
+class MeanFieldResult(NamedTuple):
+    """Marginals and what they came from.
+
+    Attributes:
+        probs: `[*batch, *spatial, labels]`, summing to one over the labels.
+        logits: the last update before its soft-max; `probs = softmax(logits)`.
+        stats: see `MeanFieldStats`.
+    """
+
+    probs: Float[Array, "*batch_and_spatial labels"]
+    logits: Float[Array, "*batch_and_spatial labels"]
+    stats: MeanFieldStats
+
+
+class _State(NamedTuple):
+    """What one iteration hands to the next.
+
+    The marginals are `softmax(unary_scale · logits + Σ prolong(messages))`; they are never stored, since
+    messages on a blurred grid are much smaller.
+    """
+
+    unary_scale: Array
+    messages: tuple[tuple[Array, ...], ...]
+    observed: tuple[Array, ...]
+    residual: Array
+    iterations: Array
+
+
+def mean_field(
+    logits: Float[Array, "*batch_and_spatial labels"],
+    pairwise: Filter | Sequence[Any],
+    *,
+    num_iterations: int = 5,
+    unary_weight: Any = 1.0,
+    initial: Literal["probs", "logits"] = "probs",
+    exclude_self: bool = False,
+    tolerance: float | None = None,
+    gradient: Literal["unrolled", "implicit"] = "unrolled",
+    damping: float = 0.0,
+) -> MeanFieldResult:
+    r"""Approximates the marginals of a CRF by independent ones, by parallel mean-field updates.
+
+    From `q = softmax(u)` on, with filters `K_k` and compatibilities `μ_k`,
+
+    .. math::
+        q_i(l) \leftarrow \operatorname{softmax}_l \Bigl(
+            w_u\, u_i(l) - \sum_k \sum_{l'} \mu_k(l, l') \,(K_k q)_i(l') \Bigr).
+
+    Args:
+        logits: `u`, minus the unary energies, `[*batch, *spatial, labels]`.
+        pairwise: one filter (Potts of weight one), or a list of `(filter, compatibility)`; a compatibility
+            is a scalar `w` for Potts `w (1 - I)`, a vector `v` for `-diag(v)`, or a penalty matrix.
+        num_iterations: how many updates, at most.
+        unary_weight: `w_u`, one number or one per label.
+        initial: what the first update filters. "probs" is `softmax(u)`; "logits" is `u` itself, which is
+            what the public ConvCRF code does.
+        exclude_self: leave every pixel out of its own message, the papers' `i ≠ j`, by subtracting
+            `K.diagonal() * q`.
+        tolerance: stop as soon as no marginal changes by more than this; None does all iterations.
+        gradient: "unrolled" differentiates the iterations that were done, recomputing each in the
+            backward pass so that only the messages between them are stored. "implicit" differentiates
+            the fixed point instead, at the price of one linear solve (GMRES) and of being right only
+            where `stats.converged` is; its memory does not grow with the iterations.
+        damping: the share `η` of the last update that is kept, `z ← η z + (1 - η) z_new` on the logits
+            before the soft-max. Parallel updates decrease the free energy for sure where the pairwise
+            energy is concave (for Potts: `K` positive semi-definite); otherwise from
+            `η ≥ 1 - 1/(1 + w |λ_min(K)|)` on.
+
+    Returns:
+        `MeanFieldResult(probs, logits, stats)`.
+
+    Raises:
+        TypeError, ValueError: if shapes or types disagree, or an option is unknown.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxcrf
+        >>> logits = jaxcrf.unary_from_labels(jnp.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]]), 2)
+        >>> K = jaxcrf.filters.Window(jaxcrf.position_features((3, 3), 3.0), 3)
+        >>> result = jaxcrf.mean_field(logits, [(K, 1.0)])
+        >>> result.probs.argmax(-1)[1, 1], result.stats.iterations
+        (Array(0, dtype=int32), Array(5, dtype=int32))
+
+    References:
+        Krähenbühl and Koltun, 2011, algorithm 1; Teichmann and Cipolla, 2018, algorithm 1.
+    """
+    if initial not in ("probs", "logits"):
+        raise ValueError(f"initial: got {initial!r}; expected 'probs' or 'logits'")
+    if gradient not in ("unrolled", "implicit"):
+        raise ValueError(f"gradient: got {gradient!r}; expected 'unrolled' or 'implicit'")
+    if isinstance(num_iterations, bool) or num_iterations != int(num_iterations) or num_iterations < 0:
+        raise ValueError(f"num_iterations: got {num_iterations!r}; expected a whole number >= 0")
+    if _checks.is_concrete(damping) and not 0 <= damping < 1:
+        raise ValueError(f"damping: got {damping}; expected a share of the last update, 0 <= damping < 1")
+    if tolerance is not None and _checks.is_concrete(tolerance) and not tolerance >= 0:
+        raise ValueError(f"tolerance: got {tolerance}; expected a change of probabilities >= 0, or None")
+    num_labels = jnp.shape(logits)[-1] if jnp.ndim(logits) else 1
+    terms = pairwise_terms(pairwise, num_labels, exclude_self=exclude_self)
+    unary = check_logits(logits, terms)
+    weight = jnp.asarray(unary_weight, unary.dtype)
+    if weight.shape not in ((), (num_labels,)):
+        raise ValueError(f"unary_weight: got shape {weight.shape}; expected a scalar or ({num_labels},)")
+
+    run = _iterate if gradient == "unrolled" else _iterate_to_fixed_point
+    state = run(unary, terms, weight, int(num_iterations), initial, tolerance, damping)
+
+    scores = _scores(unary, terms, state.unary_scale, state.messages)
+    probs = jax.nn.softmax(scores, axis=-1)
+    residual = state.residual if num_iterations == 0 else _change(_observe(probs, terms), state.observed)
+    limit = DEFAULT_TOLERANCE if tolerance is None else tolerance
+    return MeanFieldResult(probs, scores, MeanFieldStats(state.iterations, residual, residual <= limit))
+
+
+def _scores(unary: Array, terms: Sequence[PairwiseTerm], unary_scale: Array, messages: Sequence) -> Array:
+    scores = unary_scale * unary
+    for term, message in zip(terms, messages, strict=True):
+        scores = scores + term.filter.prolong(message)
+    return scores
+
+
+def _messages(q: Array, terms: Sequence[PairwiseTerm]) -> tuple[tuple[Array, ...], ...]:
+    """Every term's rewards, still on its filter's grid: compatibilities mix labels only, so they may come first."""
+    return tuple(
+        tuple(reward(x, term.compatibility) for x in term.filter.convolve(term.filter.restrict(q)))
+        for term in terms
+    )
+
+
+def _observe(q: Array, terms: Sequence[PairwiseTerm]) -> tuple[Array, ...]:
+    q = lax.stop_gradient(q)
+    if terms and all(term.filter.restricts for term in terms):
+        return lax.stop_gradient(terms[0].filter.restrict(q))
+    return (q,)
+
+
+def _change(new: tuple[Array, ...], old: tuple[Array, ...]) -> Array:
+    changes = [jnp.max(jnp.abs(a - b)) for a, b in zip(new, old, strict=True)]
+    return jnp.max(jnp.stack(changes))
+
+
+def _start(unary: Array, terms: Sequence[PairwiseTerm]) -> _State:
+    """The state whose marginals are `softmax(u)`."""
+    messages = jax.eval_shape(lambda q: _messages(q, terms), unary)
+    observed = jax.eval_shape(lambda q: _observe(q, terms), unary)
+    one = jnp.ones((), unary.dtype)
+
+    def fill(value: float) -> Any:
+        return lambda x: jnp.full(x.shape, value, x.dtype)
+
+    return _State(
+        unary_scale=one,
+        messages=jax.tree.map(fill(0.0), messages),
+        observed=jax.tree.map(fill(jnp.inf), observed),
+        residual=one * jnp.inf,
+        iterations=jnp.zeros((), jnp.int32),
+    )
+
+
+def _iterate(
+    unary: Array,
+    terms: tuple[PairwiseTerm, ...],
+    weight: Array,
+    num_iterations: int,
+    initial: str,
+    tolerance: float | None,
+    damping: float,
+) -> _State:
+    state = _start(unary, terms)
+    # A weight per label scales the unary per label from the first update on.
+    state = state._replace(unary_scale=jnp.broadcast_to(state.unary_scale, weight.shape))
+
+    def update(state: _State, filtered: Array | None = None) -> _State:
+        q = jax.nn.softmax(_scores(unary, terms, state.unary_scale, state.messages), axis=-1)
+        observed = _observe(q, terms)
+
+        def blend(old: Array, new: Array) -> Array:
+            return damping * old + (1 - damping) * new if keep else new
+
+        return _State(
+            unary_scale=blend(state.unary_scale, weight),
+            messages=jax.tree.map(
+                blend, state.messages, _messages(q if filtered is None else filtered, terms)
+            ),
+            observed=observed,
+            residual=_change(observed, state.observed),
+            iterations=state.iterations + 1,
+        )
+
+    keep = not _checks.is_concrete(damping) or damping != 0
+    if initial == "logits" and num_iterations:
+        state, num_iterations = update(state, unary), num_iterations - 1
+    if not num_iterations:
+        return state
+
+    @jax.checkpoint
+    def step(state: _State, _: None) -> tuple[_State, None]:
+        if tolerance is None:
+            return update(state), None
+        return lax.cond(state.residual <= tolerance, lambda s: s, update, state), None
+
+    state, _ = lax.scan(step, state, None, length=num_iterations)
+    return state
+
+
+def _iterate_to_fixed_point(
+    unary: Array,
+    terms: tuple[PairwiseTerm, ...],
+    weight: Array,
+    num_iterations: int,
+    initial: str,
+    tolerance: float | None,
+    damping: float,
+) -> _State:
+    frozen = lax.stop_gradient((unary, terms, weight))
+    state = _iterate(*frozen, num_iterations, initial, tolerance, damping)
+    if not num_iterations:
+        return state
+    # At the fixed point damping has no part in the update, and the unary has its full weight.
+    return state._replace(
+        unary_scale=weight, messages=_at_fixed_point((unary, terms, weight), state.messages)
+    )
+
+
+@jax.custom_vjp
+def _at_fixed_point(parameters: Any, messages: Any) -> Any:
+    """`messages`, differentiated as the solution of `messages = update(parameters, messages)`."""
+    del parameters
+    return messages
+
+
+def _fixed_point_update(parameters: Any, messages: Any) -> Any:
+    unary, terms, weight = parameters
+    return _messages(jax.nn.softmax(_scores(unary, terms, weight, messages), axis=-1), terms)
+
+
+def _at_fixed_point_fwd(parameters: Any, messages: Any) -> tuple[Any, Any]:
+    return messages, (parameters, messages)
+
+
+def _at_fixed_point_bwd(residuals: Any, cotangent: Any) -> tuple[Any, Any]:
+    # With J = ∂update/∂messages, ∂L/∂θ = (∂update/∂θ)ᵀ (I - Jᵀ)⁻¹ g.
+    parameters, messages = residuals
+    _, pull = jax.vjp(_fixed_point_update, parameters, messages)
+
+    def operator(x: Any) -> Any:
+        return jax.tree.map(jnp.subtract, x, pull(x)[1])
+
+    solution, _ = jax.scipy.sparse.linalg.gmres(
+        operator, cotangent, tol=IMPLICIT_TOLERANCE, restart=IMPLICIT_RESTART, maxiter=IMPLICIT_RESTARTS
+    )
+    return pull(solution)[0], jax.tree.map(jnp.zeros_like, messages)
+
+
+_at_fixed_point.defvjp(_at_fixed_point_fwd, _at_fixed_point_bwd)

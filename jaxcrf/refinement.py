@@ -1,0 +1,298 @@
+"""`refine`: a segmentation and its photograph in, a sharper segmentation out."""
+
+import dataclasses
+import functools
+import warnings
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int, Shaped
+
+from jaxcrf import _checks, presets
+from jaxcrf.features import bilateral_features, position_features
+from jaxcrf.filters import Filter, Window
+from jaxcrf.inference.mean_field import MeanFieldResult, mean_field
+from jaxcrf.presets import Normalization, Preset
+from jaxcrf.unary import unary_from_labels, unary_from_probs
+
+# The filters that each method can run on; the first is what "auto" means.
+METHODS: dict[str, tuple[str, ...]] = {"convcrf": ("window",)}
+
+_PARAMETERS = tuple(field.name for field in dataclasses.fields(Preset) if field.name != "summary")
+
+
+@dataclasses.dataclass(frozen=True)
+class RefineConfig:
+    """Everything about a refinement that is static under `jit`.
+
+    Attributes:
+        preset: kernels, weights and iterations.
+        filter: which filter computes the messages: "window".
+        spatial_ndim: 2 for images, 3 for volumes.
+    """
+
+    preset: Preset = presets.get("convcrf")
+    filter: str = "window"
+    spatial_ndim: int = 2
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def refine_logits(
+    image: Shaped[Array, "*batch_and_spatial channels"],
+    logits: Float[Array, "*batch_and_spatial labels"],
+    config: RefineConfig = RefineConfig(),  # noqa: B008  (frozen)
+) -> MeanFieldResult:
+    """Refines unary logits against an image: the pure, jitted, differentiable core of `refine`.
+
+    Args:
+        image: `[*batch, *spatial, channels]`, in the units of the preset's colour bandwidth.
+        logits: `[*batch, *spatial, labels]`; batch axes broadcast against the image's.
+        config: what is static; every distinct one compiles anew.
+
+    Returns:
+        `MeanFieldResult(probs, logits, stats)`. Values are not checked: NaN in is NaN out.
+
+    Raises:
+        ValueError: if shapes disagree.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxcrf
+        >>> image, logits = jnp.zeros((8, 8, 3)), jnp.zeros((8, 8, 2))
+        >>> jaxcrf.refine_logits(image, logits).probs.shape
+        (8, 8, 2)
+    """
+    preset = config.preset
+    return mean_field(
+        logits,
+        _build_filter(image, config),
+        num_iterations=preset.num_iterations,
+        unary_weight=preset.unary_weight,
+    )
+
+
+def _build_filter(image: Array, config: RefineConfig) -> Filter:
+    preset = config.preset
+    image = _checks.as_float(image)
+    spatial = image.shape[-1 - config.spatial_ndim : -1]
+    features, weights = [], []
+    if preset.position_weight:
+        features.append(position_features(spatial, preset.position_bandwidth))
+        weights.append(preset.position_weight)
+    if preset.bilateral_weight:
+        features.append(
+            bilateral_features(
+                image,
+                preset.bilateral_position_bandwidth,
+                preset.bilateral_color_bandwidth,
+                spatial_ndim=config.spatial_ndim,
+            )
+        )
+        weights.append(preset.bilateral_weight)
+    if not features:
+        raise ValueError("position_weight, bilateral_weight: both are 0; at least one kernel must be left")
+    k = Window(
+        tuple(features),
+        preset.filter_size,
+        weights=jnp.asarray(weights, jnp.float32),
+        blur=preset.blur,
+        spatial_ndim=config.spatial_ndim,
+    )
+    return k.normalized(preset.normalization)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_labels", "ignore_label"))
+def _refine_labels(
+    image: Array, labels: Array, config: RefineConfig, num_labels: int, ignore_label: int | None
+) -> Array:
+    return refine_logits(
+        image, unary_from_labels(labels, num_labels, ignore_label=ignore_label), config
+    ).probs
+
+
+def _refine_probs(image: Array, probs: Array, config: RefineConfig) -> Array:
+    return refine_logits(image, unary_from_probs(probs), config).probs
+
+
+def _refine_scores(image: Array, logits: Array, config: RefineConfig) -> Array:
+    return refine_logits(image, logits, config).probs
+
+
+def refine(
+    image: Shaped[Any, "*batch_and_spatial channels"],
+    probs: Float[Any, "*batch_and_spatial labels"] | None = None,
+    *,
+    logits: Float[Any, "*batch_and_spatial labels"] | None = None,
+    labels: Int[Any, " *batch_and_spatial"] | None = None,
+    num_labels: int | None = None,
+    method: Literal["convcrf"] = "convcrf",
+    preset: str | Preset | None = None,
+    num_iterations: int | None = None,
+    filter: str = "auto",
+    normalization: Normalization | None = None,
+    ignore_label: int | None = 255,
+    spatial_ndim: int = 2,
+    **parameters: Any,
+) -> Float[Array, "*batch_and_spatial labels"]:
+    """Sharpens a segmentation along the edges of the image it belongs to.
+
+    Exactly one of `probs`, `logits` and `labels` says what is known. Arguments are checked on the host, then
+    one jitted function runs (`refine_logits`, to be called directly from code that is itself jitted).
+
+    Args:
+        image: `[*batch, *spatial, channels]` or, for one channel, `[*batch, *spatial]`; 8-bit, or numbers
+            from 0 to 255 (bandwidths are in these units).
+        probs: probabilities `[*batch, *spatial, labels]`, summing to one up to 1e-2.
+        logits: unnormalised log-probabilities, likewise.
+        labels: a label map `[*batch, *spatial]` of integers; needs `num_labels`.
+        num_labels: `L`, for `labels` only.
+        method: "convcrf", Gaussian kernels inside a window.
+        preset: a name from `jaxcrf.presets.names()` or a `Preset`; None is the method's default.
+        num_iterations: mean-field iterations, instead of the preset's.
+        filter: "auto", or "window".
+        normalization: "none", "before", "after" or "symmetric", instead of the preset's.
+        ignore_label: pixels of this label in `labels` are filled in from their neighbours; None for no
+            such label.
+        spatial_ndim: 2 for images, 3 for volumes.
+        **parameters: any other field of `Preset`, instead of the preset's.
+
+    Returns:
+        Refined probabilities, float32 `[*batch, *spatial, L]`.
+
+    Raises:
+        TypeError: on an unknown parameter, or unless exactly one of probs, logits and labels is given.
+        ValueError: on arrays that do not fit each other, values that are not what the argument says (NaN,
+            negative or unnormalised probabilities, labels out of range), or options out of range.
+
+    Warns:
+        UserWarning: if a floating-point image has no value above 1, and so probably is not in 0 to 255.
+
+    Example:
+        >>> import numpy as np, jaxcrf
+        >>> image = np.zeros((16, 16, 3), np.uint8)
+        >>> image[:, 8:] = 255
+        >>> truth = image[..., 0] // 255
+        >>> noisy = truth.copy()
+        >>> noisy[3:5, 3:5] = 1
+        >>> refined = jaxcrf.refine(image, labels=noisy, num_labels=2)
+        >>> bool((refined.argmax(-1) == truth).all())
+        True
+
+    References:
+        Teichmann and Cipolla, *Convolutional CRFs for Semantic Segmentation*, 2018.
+    """
+    config = _config(method, preset, filter, spatial_ndim, num_iterations, normalization, parameters)
+    given = [
+        name
+        for name, value in (("probs", probs), ("logits", logits), ("labels", labels))
+        if value is not None
+    ]
+    if len(given) != 1:
+        raise TypeError(
+            f"refine takes exactly one of probs, logits and labels; got {' and '.join(given) or 'none'}"
+        )
+    if labels is None and num_labels is not None:
+        raise TypeError(f"num_labels goes with labels; {given[0]} already says how many labels there are")
+    unary = next(x for x in (probs, logits, labels) if x is not None)
+    name = given[0]
+    if np.ndim(unary) < spatial_ndim + (labels is None):
+        raise ValueError(
+            f"{name}: got shape {np.shape(unary)}; expected [*batch, {spatial_ndim} spatial axes"
+            f"{', labels' if labels is None else ''}] (spatial_ndim={spatial_ndim})"
+        )
+    leading = np.shape(unary) if labels is not None else np.shape(unary)[:-1]
+    image = _check_image(image, leading, name)
+
+    if labels is not None:
+        if num_labels is None:
+            raise TypeError("labels needs num_labels: a map need not show every label")
+        count = _checks.check_num_labels(num_labels)
+        array = jnp.asarray(labels)
+        _checks.check_not_empty(name, array)
+        _checks.check_labels(name, array, count, ignore_label)
+        return _refine_labels(image, array, config, count, ignore_label)
+
+    owned = not isinstance(unary, jax.Array)
+    array = jnp.asarray(unary)
+    _checks.check_not_empty(name, array)
+    if probs is not None:
+        _checks.check_probs(name, array)
+    else:
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"logits: got dtype {array.dtype}; expected floating point. Pass a label map as labels=…, num_labels=…"
+            )
+        _checks.check_finite(name, array)
+    if array.shape[-1] == 1:
+        return jnp.ones(array.shape, jnp.float32)
+    core = _refine_probs if probs is not None else _refine_scores
+    # A copy of ours on the device may be overwritten, which saves large images one map of memory.
+    return _jitted(core, owned and array.dtype == jnp.float32)(image, array, config)
+
+
+@functools.cache
+def _jitted(core: Any, donate: bool) -> Any:
+    return jax.jit(core, static_argnames="config", donate_argnums=(1,) if donate else ())
+
+
+def _config(
+    method: str,
+    preset: str | Preset | None,
+    filter: str,
+    spatial_ndim: int,
+    num_iterations: int | None,
+    normalization: str | None,
+    parameters: dict[str, Any],
+) -> RefineConfig:
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}; expected one of {', '.join(METHODS)}")
+    choices = METHODS[method]
+    if filter != "auto" and filter not in choices:
+        raise ValueError(
+            f"filter: got {filter!r}; method {method!r} runs on 'auto' or {', '.join(map(repr, choices))}"
+        )
+    _checks.check_spatial_ndim(spatial_ndim)
+    base = preset if isinstance(preset, Preset) else presets.get(method if preset is None else preset)
+    unknown = sorted(set(parameters) - set(_PARAMETERS))
+    if unknown:
+        raise TypeError(
+            f"refine got unknown parameters {', '.join(unknown)}; preset fields are {', '.join(_PARAMETERS)}"
+        )
+    changes = dict(parameters)
+    if num_iterations is not None:
+        changes["num_iterations"] = num_iterations
+    if normalization is not None:
+        changes["normalization"] = normalization
+    return RefineConfig(
+        preset=dataclasses.replace(base, **changes),
+        filter=choices[0] if filter == "auto" else filter,
+        spatial_ndim=spatial_ndim,
+    )
+
+
+def _check_image(image: Any, leading: tuple[int, ...], name: str) -> Array:
+    array = jnp.asarray(image)
+    if array.shape == leading:
+        array = array[..., None]
+    if array.shape[:-1] != leading:
+        raise ValueError(
+            f"image: got shape {np.shape(image)}, which does not fit {name} over {leading}; expected "
+            f"{leading} or {(*leading, 'channels')}. Resize one to the other; the axis order is height, width."
+        )
+    _checks.check_not_empty("image", array)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating) or array.dtype == jnp.bool_:
+        raise ValueError(f"image: got dtype {array.dtype}; expected 8-bit values or numbers from 0 to 255")
+    _checks.check_finite("image", array)
+    if (
+        jnp.issubdtype(array.dtype, jnp.floating)
+        and _checks.is_concrete(array)
+        and float(jnp.max(array)) <= 1
+    ):
+        warnings.warn(
+            "image: floating point with no value above 1; bandwidths are in units of 0 to 255, so multiply the image by 255",
+            UserWarning,
+            stacklevel=3,
+        )
+    return array
