@@ -21,6 +21,8 @@ from jaxcrf.unary import unary_from_labels, unary_from_probs
 # The filters that each method can run on; the first is what "auto" means.
 METHODS: dict[str, tuple[str, ...]] = {"convcrf": ("window",)}
 
+DEFAULT_PRESET = presets.get("convcrf")
+
 _PARAMETERS = tuple(field.name for field in dataclasses.fields(Preset) if field.name != "summary")
 
 
@@ -34,7 +36,7 @@ class RefineConfig:
         spatial_ndim: 2 for images, 3 for volumes.
     """
 
-    preset: Preset = presets.get("convcrf")
+    preset: Preset = DEFAULT_PRESET
     filter: str = "window"
     spatial_ndim: int = 2
 
@@ -43,7 +45,7 @@ class RefineConfig:
 def refine_logits(
     image: Shaped[Array, "*batch_and_spatial channels"],
     logits: Float[Array, "*batch_and_spatial labels"],
-    config: RefineConfig = RefineConfig(),  # noqa: B008  (frozen)
+    config: RefineConfig = RefineConfig(),
 ) -> MeanFieldResult:
     """Refines unary logits against an image: the pure, jitted, differentiable core of `refine`.
 
@@ -291,7 +293,8 @@ def _check_image(image: Any, leading: tuple[int, ...], name: str) -> Array:
         and float(jnp.max(array)) <= 1
     ):
         warnings.warn(
-            "image: floating point with no value above 1; bandwidths are in units of 0 to 255, so multiply the image by 255",
+            "image: floating point with no value above 1; bandwidths are in units of 0 to 255, so multiply "
+            "the image by 255",
             UserWarning,
             stacklevel=3,
         )

@@ -81,8 +81,8 @@ def unary_from_probs(
 
     Example:
         >>> import numpy as np
-        >>> unary_from_probs(np.array([[1.0, 0.0]], np.float32), clip=1e-3).round(3)
-        Array([[ 0.   , -6.908]], dtype=float32)
+        >>> unary_from_probs(np.array([[1.0, 0.0]], np.float32), clip=np.exp(-4))
+        Array([[ 0., -4.]], dtype=float32)
     """
     probs = jnp.asarray(probs)
     if not 0 < clip < 1:

@@ -3,7 +3,7 @@
 import abc
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Self, TypeVar, get_args
 
 import jax
@@ -38,7 +38,7 @@ def filter_pytree(*, data: Sequence[str], static: Sequence[str]) -> Callable[[F]
             children = [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in data]
             return children, tuple(getattr(self, name) for name in static)
 
-        def unflatten(aux: tuple, children: Sequence[Any]) -> Filter:
+        def unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> Filter:
             fields = dict(zip(data, children, strict=True)) | dict(zip(static, aux, strict=True))
             return cls.from_fields(**fields)
 

@@ -1,5 +1,6 @@
 """The truncated Gaussian filter of ConvCRF."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -119,17 +120,18 @@ class Window(Filter):
                     f"features: got shape {f.values.shape}; expected [*batch, {spatial_ndim} spatial axes, d] "
                     "(spatial_ndim=3 for volumes)"
                 )
-            _checks.check_not_empty(
-                "features", f.values[..., :0, None] if f.values.shape[-1] == 0 else f.values
-            )
+            if 0 in f.values.shape[:-1]:
+                raise ValueError(f"features: got shape {f.values.shape}, which holds no pixel")
             if f.position_bandwidths is not None and len(f.position_bandwidths) != spatial_ndim:
                 raise ValueError(
-                    f"features: positions along {len(f.position_bandwidths)} axes do not fit spatial_ndim={spatial_ndim}"
+                    f"features: positions along {len(f.position_bandwidths)} axes do not fit "
+                    f"spatial_ndim={spatial_ndim}"
                 )
         shapes = {f.values.shape[-1 - spatial_ndim : -1] for f in kernels}
         if len(shapes) > 1:
             raise ValueError(
-                f"features: kernels disagree in their spatial shape, {sorted(shapes)}; build all from one image"
+                f"features: kernels disagree in their spatial shape, {sorted(shapes)}; "
+                "build all from one image"
             )
         (spatial,) = shapes
         sizes = (
@@ -147,7 +149,8 @@ class Window(Filter):
         weights = _checks.as_float(weights)
         if weights.shape not in ((), (len(kernels),)):
             raise ValueError(
-                f"weights: got shape {weights.shape} for {len(kernels)} kernels; expected one number or ({len(kernels)},)"
+                f"weights: got shape {weights.shape} for {len(kernels)} kernels; "
+                f"expected one number or ({len(kernels)},)"
             )
         on_grid = [_to_grid(f, int(blur), spatial) for f in kernels]
         fields = {
@@ -191,10 +194,8 @@ class Window(Filter):
     def diagonal(self) -> Float[Array, "*batch_and_spatial"]:  # noqa: D102
         # A Gaussian is one at the centre; what blur does to it depends on where in its cell a pixel lies.
         kernels = self.weights if self.blur == 1 else self.weights * self._blurred_diagonals()
-        if self.left is not None and self.right is not None:
-            kernels = kernels * self.left * self.right
-        elif self.left is not None or self.right is not None:
-            kernels = kernels * (self.left if self.right is None else self.right)
+        for scale in (self.left, self.right):
+            kernels = kernels if scale is None else kernels * scale
         return jnp.broadcast_to(kernels.sum(-1), (*self.batch, *self._spatial))
 
     def normalized(self, kind: Normalization) -> "Window":  # noqa: D102
@@ -262,30 +263,13 @@ class Window(Filter):
         static = ("_spatial", "filter_size", "blur", "transposed", "implementation")
         if not isinstance(other, Window) or any(getattr(self, s) != getattr(other, s) for s in static):
             return super().__add__(other)
-        scales = {}
-        for side in ("left", "right"):
-            pair = (getattr(self, side), getattr(other, side))
-            if pair == (None, None):
-                scales[side] = None
-                continue
-            both = [
-                jnp.ones((*self._spatial, len(k.features)), k.weights.dtype) if s is None else s
-                for s, k in zip(pair, (self, other), strict=True)
-            ]
-            batch = jnp.broadcast_shapes(*(s.shape[: s.ndim - len(self._spatial) - 1] for s in both))
-            scales[side] = jnp.concatenate(
-                [
-                    jnp.broadcast_to(s, (*batch, *s.shape[len(s.shape) - len(self._spatial) - 1 :]))
-                    for s in both
-                ],
-                -1,
-            )
         return self.replace(
             features=self.features + other.features,
             weights=jnp.concatenate([self.weights, other.weights]),
+            left=_join_scales(self, other, "left"),
+            right=_join_scales(self, other, "right"),
             position_bandwidths=self.position_bandwidths + other.position_bandwidths,
             symmetric_scales=self.symmetric_scales and other.symmetric_scales,
-            **scales,
         )
 
     def _pool(self, q: Array) -> Array:
@@ -332,19 +316,19 @@ class Window(Filter):
         cell_of = [
             (np.arange(n) + front) // self.blur for n, (_, front) in zip(self._spatial, axes, strict=True)
         ]
-        size = 1.0
-        for a, n in enumerate(self._spatial):
-            along = pixels_per_cell(n, self.blur)[cell_of[a]]
-            size = size * along.reshape([-1 if a == b else 1 for b in range(ndim)])
+        size = [pixels_per_cell(n, self.blur)[cell] for n, cell in zip(self._spatial, cell_of, strict=True)]
         total: Any = 0.0
         for offset in itertools.product((-1, 0, 1), repeat=ndim):
             if any(abs(o) > k // 2 for o, k in zip(offset, self.filter_size, strict=True)):
                 continue
-            weight = 1.0
-            for a, (n, o) in enumerate(zip(self._spatial, offset, strict=True)):
-                along = upsample_weights(n, self.blur)[:, o + 1]
-                weight = weight * along.reshape([-1 if a == b else 1 for b in range(ndim)])
-            if not np.any(weight):
+            share = functools.reduce(
+                np.multiply.outer,
+                [
+                    upsample_weights(n, self.blur)[:, o + 1] / s
+                    for n, o, s in zip(self._spatial, offset, size, strict=True)
+                ],
+            )
+            if not np.any(share):
                 continue
             values = []
             for f, bandwidths in zip(self.features, self.position_bandwidths, strict=True):
@@ -358,8 +342,20 @@ class Window(Filter):
                     exponent = exponent + sum((o / b) ** 2 for o, b in zip(offset, bandwidths, strict=True))
                 values.append(jnp.exp(-0.5 * exponent))
             kernels = jnp.stack(jnp.broadcast_arrays(*values), axis=-1)
-            total = total + jnp.asarray(weight / size, self.weights.dtype)[..., None] * kernels
+            total = total + jnp.asarray(share, self.weights.dtype)[..., None] * kernels
         return total
+
+
+def _join_scales(first: Window, second: Window, side: str) -> Array | None:
+    """The scales of two banks side by side; ones where only one of them has any."""
+    if getattr(first, side) is None and getattr(second, side) is None:
+        return None
+    pair = []
+    for k in (first, second):
+        scale = getattr(k, side)
+        pair.append(jnp.ones((*k.spatial, len(k.features)), k.weights.dtype) if scale is None else scale)
+    leading = jnp.broadcast_shapes(*(s.shape[:-1] for s in pair))
+    return jnp.concatenate([jnp.broadcast_to(s, (*leading, s.shape[-1])) for s in pair], axis=-1)
 
 
 def _to_grid(f: Features, blur: int, spatial: tuple[int, ...]) -> tuple[Array, tuple[float, ...] | None]:

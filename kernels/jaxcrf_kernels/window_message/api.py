@@ -116,7 +116,15 @@ def window_message(
     return _message(config, q, features, weights.astype(dtype), *scales)
 
 
-def _checked_config(q, features, weights, filter_size, position_bandwidths, left, right) -> WindowConfig:
+def _checked_config(
+    q: Array,
+    features: Sequence[Array],
+    weights: Array,
+    filter_size: int | Sequence[int],
+    position_bandwidths: Sequence[Sequence[float] | None] | None,
+    left: Any,
+    right: Any,
+) -> WindowConfig:
     if not 3 <= q.ndim <= 5:
         raise ValueError(
             f"q: got shape {q.shape}; expected [batch, *spatial, labels] with 1 to 3 spatial axes. "
@@ -149,23 +157,19 @@ def _checked_config(q, features, weights, filter_size, position_bandwidths, left
         if array is not None:
             check(name, array, count)
 
-    sizes = (filter_size,) * len(spatial) if np.ndim(filter_size) == 0 else tuple(filter_size)
-    if not all(isinstance(k, int | np.integer) for k in sizes):
-        raise TypeError(f"filter_size: got {filter_size}; expected whole numbers")
-    sizes = tuple(map(int, sizes))
+    sizes = _sizes(filter_size, len(spatial))
     if len(sizes) != len(spatial) or any(k < 1 or k % 2 == 0 for k in sizes):
         raise ValueError(
             f"filter_size: got {filter_size}; expected an odd number >= 1, or one for each of the "
             f"{len(spatial)} spatial axes"
         )
     bandwidths: list[tuple[float, ...] | None] = []
-    for theta in (None,) * count if position_bandwidths is None else position_bandwidths:
-        if theta is not None:
-            theta = tuple(map(float, theta))
-            if len(theta) != len(spatial) or any(not t > 0 for t in theta):
-                raise ValueError(
-                    f"position_bandwidths: got {theta}; expected {len(spatial)} numbers > 0, one per spatial axis"
-                )
+    for given in (None,) * count if position_bandwidths is None else position_bandwidths:
+        theta = None if given is None else tuple(map(float, given))
+        if theta is not None and (len(theta) != len(spatial) or any(not t > 0 for t in theta)):
+            raise ValueError(
+                f"position_bandwidths: got {theta}; expected {len(spatial)} numbers > 0, one per spatial axis"
+            )
         bandwidths.append(theta)
     if len(bandwidths) != count:
         raise ValueError(f"position_bandwidths: got {len(bandwidths)} entries for {count} kernels")
@@ -174,19 +178,23 @@ def _checked_config(q, features, weights, filter_size, position_bandwidths, left
     return WindowConfig(filter_size=sizes, position_bandwidths=tuple(bandwidths))
 
 
+def _sizes(filter_size: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    return (filter_size,) * ndim if isinstance(filter_size, int) else tuple(map(int, filter_size))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _message(config: WindowConfig, q, features, weights, left, right):
+def _message(config: WindowConfig, q: Any, features: Any, weights: Any, left: Any, right: Any) -> Any:
     return reference.forward(config, q, features, weights, left, right)
 
 
-def _message_fwd(config, *arguments):
+def _message_fwd(config: WindowConfig, *arguments: Any) -> tuple[Array, Any]:
     perturbed = [_any_perturbed(argument) for argument in arguments]
     values = jax.tree.map(lambda x: x.value, arguments, is_leaf=_is_primal)
     needs = Needs(*perturbed)
     return _message(config, *values), (needs, values)
 
 
-def _message_bwd(config, residuals, cotangent):
+def _message_bwd(config: WindowConfig, residuals: Any, cotangent: Any) -> Any:
     needs, (q, features, weights, left, right) = residuals
     if isinstance(cotangent, SymbolicZero):
         return jax.tree.map(jnp.zeros_like, (q, features, weights, left, right))
@@ -224,7 +232,7 @@ def arithmetic(
     """
     *pixels, labels = shape
     spatial = pixels[1:]
-    sizes = (filter_size,) * len(spatial) if isinstance(filter_size, int) else tuple(filter_size)
+    sizes = _sizes(filter_size, len(spatial))
     pairs = math.prod(pixels) * math.prod(sizes)
     return {
         "multiply_adds": float(pairs * labels),

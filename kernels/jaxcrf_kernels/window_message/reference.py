@@ -9,6 +9,7 @@ Arrays are held with the last spatial axis innermost, `[batch, *leading, channel
 value belongs to a pixel and multiplies all its labels, so pixels are what is vectorised.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -119,7 +120,7 @@ def backward(
     if needs.q:
         # The window is symmetric and so is every Gaussian: the transpose only swaps the scales.
         gradients[0] = forward(config, cotangent.astype(q.dtype), features, weights, right, left)
-    return tuple(gradients)  # type: ignore[return-value]
+    return tuple(gradients)
 
 
 class _Blocks(NamedTuple):
@@ -207,13 +208,11 @@ def _kernel(table_row: Array, differences: list[Array | None]) -> list[Array]:
 
 
 def _total(kernels: list[Array], scales: list[Array | None]) -> Array:
-    total: Array | float = 0.0
-    for m, kernel in enumerate(kernels):
-        for scale in scales:
-            if scale is not None:
-                kernel = kernel * scale[..., m, :]
-        total = total + kernel
-    return jnp.asarray(total)
+    scaled = [
+        functools.reduce(jnp.multiply, [s[..., m, :] for s in scales if s is not None], kernel)
+        for m, kernel in enumerate(kernels)
+    ]
+    return functools.reduce(jnp.add, scaled)
 
 
 def _per_label(kernel: Array) -> Array:
@@ -244,7 +243,7 @@ def _forward(
         def one_offset(t: Array, total: Array) -> Array:
             offset = _offset(t, config.filter_size)
             differences = [
-                None if h is None else h - blocks.slice(f, start, offset)
+                None if f is None or h is None else h - blocks.slice(f, start, offset)
                 for h, f in zip(here, fs, strict=True)
             ]
             sender = None if rs is None else blocks.slice(rs, start, offset)
@@ -307,7 +306,7 @@ def _backward(
         def one_offset(t: Array, found: dict) -> dict:
             offset = _offset(t, config.filter_size)
             differences = [
-                None if h is None else h - blocks.slice(f, start, offset)
+                None if f is None or h is None else h - blocks.slice(f, start, offset)
                 for h, f in zip(here, fs, strict=True)
             ]
             s_j, r_j = (None if s is None else blocks.slice(s, start, offset) for s in (ls, rs))
@@ -370,6 +369,6 @@ def _backward(
     if needs.weights:
         result["weights"] = found["weights"].sum(axis=0)
     for name, operand in (("left", left), ("right", right)):
-        if getattr(needs, name):
+        if getattr(needs, name) and operand is not None:
             result[name] = to_operand(found[name], operand)
     return result
