@@ -179,7 +179,10 @@ def _checked_config(
 
 
 def _sizes(filter_size: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    return (filter_size,) * ndim if isinstance(filter_size, int) else tuple(map(int, filter_size))
+    sizes: tuple[Any, ...] = (filter_size,) * ndim if np.ndim(filter_size) == 0 else tuple(filter_size)  # type: ignore[arg-type]
+    if not all(isinstance(k, int | np.integer) for k in sizes):
+        raise TypeError(f"filter_size: got {filter_size}; expected whole numbers")
+    return tuple(map(int, sizes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
