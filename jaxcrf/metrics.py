@@ -23,7 +23,7 @@ def confusion_matrix(
     labels: Int[Array | np.ndarray, "*any"],
     predictions: Int[Array | np.ndarray, "*any"],
     num_labels: int,
-    ignore_label: int = 255,
+    ignore_label: int | None = 255,
 ) -> Int[Array, "num_labels num_labels"]:
     r"""Counts how often each true label received each predicted label.
 
@@ -39,7 +39,8 @@ def confusion_matrix(
         labels: the truth, of any shape.
         predictions: the predicted labels, of the same shape.
         num_labels: the number of labels `L`.
-        ignore_label: the label of pixels that do not count; it may lie inside or outside the range.
+        ignore_label: the label of pixels that do not count, inside or outside the range; None for no such
+            label.
 
     Returns:
         int32 counts `[L, L]`, row = truth, column = prediction; exact for up to `2**31 − 1` pixels a call.
@@ -63,19 +64,14 @@ def confusion_matrix(
             f"predictions: got shape {predictions.shape}, but labels have shape {labels.shape}; "
             "pass label maps of one size, e.g. probs.argmax(-1)"
         )
-    counted = (labels >= 0) & (labels < num_labels) & (labels != ignore_label)
-    placed = (predictions >= 0) & (predictions < num_labels)
-    astray = counted & ~placed
+    counts, astray = _count(labels, predictions, num_labels, ignore_label)
     if not isinstance(astray, jax.core.Tracer) and bool(astray.any()):
         values = np.unique(np.asarray(predictions)[np.asarray(astray)])
         raise ValueError(
             f"predictions: got the label {values[0]} where the truth counts; expected 0 to {num_labels - 1}. "
             "Pass a larger num_labels, or set the truth to ignore_label where nothing is predicted."
         )
-    # Out-of-bounds updates are dropped by the scatter.
-    cell = jnp.where(counted & placed, labels * num_labels + predictions, num_labels**2)
-    counts = jnp.zeros(num_labels**2, jnp.int32).at[cell.ravel()].add(1, mode="drop")
-    return counts.reshape(num_labels, num_labels)
+    return counts
 
 
 def per_class_iou(cm: Num[Array | np.ndarray, "*batch labels labels"]) -> Float[Array, "*batch labels"]:
@@ -101,9 +97,7 @@ def per_class_iou(cm: Num[Array | np.ndarray, "*batch labels labels"]) -> Float[
     References:
         Everingham et al., *The Pascal Visual Object Classes Challenge: A Retrospective*, 2015, section 2.4.
     """
-    cm = _counts(cm)
-    correct = jnp.diagonal(cm, axis1=-2, axis2=-1)
-    return _ratio(correct, cm.sum(-1) + cm.sum(-2) - correct)
+    return _per_class_iou(_counts(cm))
 
 
 def mean_iou(cm: Num[Array | np.ndarray, "*batch labels labels"]) -> Float[Array, "*batch"]:
@@ -154,8 +148,7 @@ def pixel_accuracy(cm: Num[Array | np.ndarray, "*batch labels labels"]) -> Float
         >>> pixel_accuracy(jnp.array([[2, 2], [0, 4]]))
         Array(0.75, dtype=float32)
     """
-    cm = _counts(cm)
-    return _ratio(jnp.trace(cm, axis1=-2, axis2=-1), cm.sum((-2, -1)))
+    return _pixel_accuracy(_counts(cm))
 
 
 def class_accuracy(cm: Num[Array | np.ndarray, "*batch labels labels"]) -> Float[Array, "*batch"]:
@@ -179,8 +172,7 @@ def class_accuracy(cm: Num[Array | np.ndarray, "*batch labels labels"]) -> Float
         >>> class_accuracy(jnp.array([[2, 2, 0], [0, 4, 0], [0, 0, 0]]))
         Array(0.75, dtype=float32)
     """
-    cm = _counts(cm)
-    return _mean_of_defined(_ratio(jnp.diagonal(cm, axis1=-2, axis2=-1), cm.sum(-1)))
+    return _class_accuracy(_counts(cm))
 
 
 def trimap_band(
@@ -188,7 +180,7 @@ def trimap_band(
     width: int,
     *,
     around: Literal["void", "labels"] = "void",
-    ignore_label: int = 255,
+    ignore_label: int | None = 255,
 ) -> Bool[Array, "*batch height width"]:
     r"""Marks a narrow band around object boundaries, where segmentations usually go wrong.
 
@@ -212,7 +204,7 @@ def trimap_band(
         width: the width of the band in pixels, on each side of the boundary; a static int, 0 marks nothing.
         around: `"void"` for the surroundings of void pixels, which outline the objects of Pascal VOC, or
             `"labels"` for those of changes of label, where a data set has no such outlines.
-        ignore_label: the label of void pixels.
+        ignore_label: the label of void pixels; None for no such label.
 
     Returns:
         A mask like `labels`, True inside the band. Use it as
@@ -239,7 +231,7 @@ def trimap_band(
     width = _static_int("width", width, minimum=0)
     if labels.ndim < 2:
         raise ValueError(f"labels: got shape {labels.shape}; expected [*batch, height, width]")
-    void = labels == ignore_label
+    void = jnp.zeros(labels.shape, bool) if ignore_label is None else labels == ignore_label
     if around == "void":
         # Void against the rest is itself a labelling, in which every pixel is valid.
         near = _near_another_label(void.astype(jnp.int32), jnp.ones_like(void), width)
@@ -248,6 +240,38 @@ def trimap_band(
     else:
         raise ValueError(f"around: got {around!r}; expected 'void' or 'labels'")
     return near & ~void
+
+
+# The arithmetic is jitted also when called eagerly, where a dozen dispatches would each compile.
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _count(
+    labels: Array, predictions: Array, num_labels: int, ignore_label: int | None
+) -> tuple[Array, Array]:
+    """The confusion counts, and where the prediction has no place among them."""
+    counted = (labels >= 0) & (labels < num_labels)
+    if ignore_label is not None:
+        counted &= labels != ignore_label
+    placed = (predictions >= 0) & (predictions < num_labels)
+    # Out-of-bounds updates are dropped by the scatter.
+    cell = jnp.where(counted & placed, labels * num_labels + predictions, num_labels**2)
+    counts = jnp.zeros(num_labels**2, jnp.int32).at[cell.ravel()].add(1, mode="drop")
+    return counts.reshape(num_labels, num_labels), counted & ~placed
+
+
+@jax.jit
+def _per_class_iou(cm: Array) -> Array:
+    correct = jnp.diagonal(cm, axis1=-2, axis2=-1)
+    return _ratio(correct, cm.sum(-1) + cm.sum(-2) - correct)
+
+
+@jax.jit
+def _pixel_accuracy(cm: Array) -> Array:
+    return _ratio(jnp.trace(cm, axis1=-2, axis2=-1), cm.sum((-2, -1)))
+
+
+@jax.jit
+def _class_accuracy(cm: Array) -> Array:
+    return _mean_of_defined(_ratio(jnp.diagonal(cm, axis1=-2, axis2=-1), cm.sum(-1)))
 
 
 @functools.partial(jax.jit, static_argnames="width")
@@ -272,8 +296,8 @@ def _near_another_label(labels: Array, valid: Array, width: int) -> Array:
     rows = (jnp.moveaxis(labels, -2, 0), jnp.moveaxis(valid, -2, 0))
     nothing = jnp.full(rows[0].shape[1:], far, labels.dtype)
     start = (jnp.zeros_like(nothing), nothing, nothing)
-    _, above = lax.scan(step, start, rows)
-    _, below = lax.scan(step, start, rows, reverse=True)
+    above: tuple[Array, Array, Array] = lax.scan(step, start, rows)[1]
+    below: tuple[Array, Array, Array] = lax.scan(step, start, rows, reverse=True)[1]
     # Of both directions, the nearest pixel and the nearest whose label differs from that one's.
     from_above = above[1] <= below[1]
     nearest = jnp.where(from_above, above[0], below[0])
@@ -332,6 +356,7 @@ def _ratio(part: Array, whole: Array) -> Array:
     return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), jnp.nan)
 
 
+@jax.jit
 def _mean_of_defined(values: Array) -> Array:
     defined = ~jnp.isnan(values)
     return _ratio(jnp.where(defined, values, 0).sum(-1), defined.sum(-1))

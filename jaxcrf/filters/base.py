@@ -147,8 +147,7 @@ class Filter(abc.ABC):
         Raises:
             ValueError: if the spatial shape is not the filter's, or `q` is not floating point.
         """
-        q = self.check(q)
-        return self.prolong(self.convolve(self.restrict(q)))
+        return _apply(self, self.check(q))
 
     def check(self, q: Any, name: str = "q") -> Array:
         """Makes `q` an array with the filter's spatial shape and broadcast batch, or raises."""
@@ -181,6 +180,12 @@ class Filter(abc.ABC):
                 f"cannot add filters over {self.spatial} and {other.spatial}: build both from one image"
             )
         return Sum((*_terms(self), *_terms(other)))
+
+
+# Compiled here, so that calls outside any `jit` compile once per shape and filter geometry.
+@jax.jit
+def _apply(k: Filter, q: Array) -> Array:
+    return k.prolong(k.convolve(k.restrict(q)))
 
 
 def check_normalization(kind: str) -> None:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxcrf_kernels import window_message
 from jaxtyping import Float
 
 from jaxcrf import _checks
@@ -29,6 +28,7 @@ from jaxcrf.filters.resampling import (
     pixels_per_cell,
     upsample_weights,
 )
+from jaxcrf_kernels import window_message
 
 
 @filter_pytree(

@@ -1,5 +1,6 @@
 """Mean-field inference, for every filter and compatibility."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -140,9 +141,34 @@ def mean_field(
     if weight.shape not in ((), (num_labels,)):
         raise ValueError(f"unary_weight: got shape {weight.shape}; expected a scalar or ({num_labels},)")
 
-    run = _iterate if gradient == "unrolled" else _iterate_to_fixed_point
-    state = run(unary, terms, weight, int(num_iterations), initial, tolerance, damping)
+    undamped = _checks.is_concrete(damping) and damping == 0
+    return _mean_field(
+        unary,
+        terms,
+        weight,
+        None if tolerance is None else jnp.asarray(tolerance, unary.dtype),
+        None if undamped else jnp.asarray(damping, unary.dtype),
+        num_iterations=int(num_iterations),
+        initial=initial,
+        gradient=gradient,
+    )
 
+
+# Compiled here, so that calls outside any `jit` compile once per shape.
+@functools.partial(jax.jit, static_argnames=("num_iterations", "initial", "gradient"))
+def _mean_field(
+    unary: Array,
+    terms: tuple[PairwiseTerm, ...],
+    weight: Array,
+    tolerance: Array | None,
+    damping: Array | None,
+    *,
+    num_iterations: int,
+    initial: str,
+    gradient: str,
+) -> MeanFieldResult:
+    run = _iterate if gradient == "unrolled" else _iterate_to_fixed_point
+    state = run(unary, terms, weight, num_iterations, initial, tolerance, damping)
     scores = _scores(unary, terms, state.unary_scale, state.messages)
     probs = jax.nn.softmax(scores, axis=-1)
     residual = state.residual if num_iterations == 0 else _change(_observe(probs, terms), state.observed)
@@ -201,8 +227,8 @@ def _iterate(
     weight: Array,
     num_iterations: int,
     initial: str,
-    tolerance: float | None,
-    damping: float,
+    tolerance: Array | None,
+    damping: Array | None,
 ) -> _State:
     state = _start(unary, terms)
     # A weight per label scales the unary per label from the first update on.
@@ -213,7 +239,7 @@ def _iterate(
         observed = _observe(q, terms)
 
         def blend(old: Array, new: Array) -> Array:
-            return damping * old + (1 - damping) * new if keep else new
+            return new if damping is None else damping * old + (1 - damping) * new
 
         return _State(
             unary_scale=blend(state.unary_scale, weight),
@@ -225,7 +251,6 @@ def _iterate(
             iterations=state.iterations + 1,
         )
 
-    keep = not _checks.is_concrete(damping) or damping != 0
     if initial == "logits" and num_iterations:
         state, num_iterations = update(state, unary), num_iterations - 1
     if not num_iterations:
@@ -247,8 +272,8 @@ def _iterate_to_fixed_point(
     weight: Array,
     num_iterations: int,
     initial: str,
-    tolerance: float | None,
-    damping: float,
+    tolerance: Array | None,
+    damping: Array | None,
 ) -> _State:
     frozen = lax.stop_gradient((unary, terms, weight))
     state = _iterate(*frozen, num_iterations, initial, tolerance, damping)

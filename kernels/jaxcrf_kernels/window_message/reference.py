@@ -219,6 +219,8 @@ def _per_label(kernel: Array) -> Array:
     return kernel if kernel.ndim == 0 else jnp.expand_dims(kernel, -2)
 
 
+# Compiled here rather than by the caller, so that calls outside any `jit` compile once per shape.
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward(
     config: WindowConfig,
     whole_map: bool,
@@ -257,6 +259,7 @@ def _forward(
     return blocks.collect(lax.map(one_block, jnp.asarray(blocks.starts())))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(
     config: WindowConfig,
     needs: Needs,

@@ -1,0 +1,30 @@
+"""Shared by all tests: cases of the suites, and folders that are given from outside."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames and hasattr(metafunc.cls, "CASES"):
+        metafunc.parametrize("case", list(metafunc.cls.CASES))
+
+
+def _folder(variable: str) -> Path:
+    path = os.environ.get(variable)
+    if not path:
+        pytest.skip(f"{variable} is not set")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Outputs of other tools, one `.npz` per configuration."""
+    return _folder("JAXCRF_GOLDEN_DIR")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real data sets, one folder each."""
+    return _folder("JAXCRF_DATA_DIR")

@@ -1,0 +1,408 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import jaxcrf
+from jaxcrf import _demo, cli, data
+
+SHAPE = (16, 20)
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(request, monkeypatch):
+    # It is a setting of the whole process; the tests that are about it run in processes of their own.
+    if "cache" not in request.node.name:
+        monkeypatch.setattr(cli, "_use_compilation_cache", lambda: None)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three small images with a label map and probabilities each."""
+    random = np.random.default_rng(0)
+    for name in ("images", "labels", "probs"):
+        (tmp_path / name).mkdir()
+    truth = np.zeros(SHAPE, int)
+    truth[:, 9:] = 1
+    for stem in ("a", "b", "c.d"):
+        image = np.where(truth[..., None] == 1, [200, 180, 40], [20, 60, 90]) + random.integers(
+            0, 4, (*SHAPE, 3)
+        )
+        noisy = truth ^ (random.random(SHAPE) < 0.1)
+        data.write_image(tmp_path / "images" / f"{stem}.png", image.astype(np.uint8))
+        data.write_labels(tmp_path / "labels" / f"{stem}.png", noisy)
+        data.write_array(
+            tmp_path / "probs" / f"{stem}.npy", np.where(np.eye(2)[noisy] == 1, 0.7, 0.3).astype("f4")
+        )
+    return tmp_path
+
+
+def run(*arguments):
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def names(path):
+    return sorted(file.name for file in path.iterdir())
+
+
+def test_one_image_with_labels(folder):
+    out = folder / "new" / "out"
+    result = run("refine", folder / "images/a.png", "--labels", folder / "labels/a.png", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "1 of 1 images refined" in result.stdout
+    assert names(out) == ["a.png", "a_overlay.png"]
+    expected = np.zeros(SHAPE, int)
+    expected[:, 9:] = 1
+    np.testing.assert_array_equal(data.read_labels(out / "a.png"), expected)
+    with Image.open(out / "a.png") as image:
+        assert image.mode == "P"
+    image = data.read_image(folder / "images/a.png")
+    np.testing.assert_array_equal(
+        data.read_image(out / "a_overlay.png"), jaxcrf.plots.overlay(image, expected)
+    )
+
+
+def test_a_folder_with_probs(folder):
+    out = folder / "out"
+    result = run("refine", folder / "images", "--probs", folder / "probs", "--out", out, "--save-probs")
+    assert result.exit_code == 0, result.output
+    assert names(out) == sorted(
+        f"{stem}{end}" for stem in ("a", "b", "c.d") for end in (".png", "_overlay.png", "_probs.npy")
+    )
+    image, probs = data.read_image(folder / "images/b.png"), data.read_array(folder / "probs/b.npy")
+    refined = data.read_array(out / "b_probs.npy")
+    np.testing.assert_allclose(refined, jaxcrf.refine(image, probs), atol=1e-6)
+    np.testing.assert_array_equal(data.read_labels(out / "b.png"), refined.argmax(-1))
+
+
+def test_an_image_named_twice_is_refined_once(folder):
+    result = run(
+        "refine",
+        folder / "images",
+        folder / "images/a.png",
+        "--labels",
+        folder / "labels",
+        "--out",
+        folder / "out",
+    )
+    assert result.exit_code == 0, result.output
+    assert "3 of 3 images refined" in result.stdout
+
+
+def record_calls(monkeypatch):
+    calls = []
+
+    def refine(image, **options):
+        calls.append(
+            {
+                name: np.shape(value) if name in ("probs", "labels") else value
+                for name, value in options.items()
+            }
+        )
+        return np.full((*image.shape[:2], options.get("num_labels", 2)), 0.5, np.float32)
+
+    monkeypatch.setattr(jaxcrf, "refine", refine)
+    return calls
+
+
+def test_options_reach_refine(folder, monkeypatch):
+    calls = record_calls(monkeypatch)
+    arguments = ["refine", folder / "images/a.png", "--out", folder / "out", "--overwrite"]
+    run(*arguments, "--probs", folder / "probs/a.npy")
+    run(
+        *(*arguments, "--labels", folder / "labels/a.png", "--num-labels", 5, "--method", "convcrf"),
+        *("--preset", "densecrf_sharp", "--iterations", 3, "--ignore-label", 4),
+    )
+    defaults = {"method": "convcrf", "preset": None, "num_iterations": None, "ignore_label": 255}
+    given = {"method": "convcrf", "preset": "densecrf_sharp", "num_iterations": 3, "ignore_label": 4}
+    assert calls == [{"probs": (*SHAPE, 2), **defaults}, {"labels": SHAPE, "num_labels": 5, **given}]
+
+
+def test_the_number_of_labels_is_that_of_the_whole_folder(folder, monkeypatch):
+    calls = record_calls(monkeypatch)
+    data.write_labels(folder / "labels/b.png", np.full(SHAPE, 6))
+    data.write_labels(folder / "labels/c.d.png", np.full(SHAPE, 255))
+    run("refine", folder / "images", "--labels", folder / "labels", "--out", folder / "out")
+    assert [call["num_labels"] for call in calls] == [7, 7, 7]
+
+
+def test_broken_files_are_reported_and_do_not_stop_the_run(folder):
+    whole = (folder / "images/a.png").read_bytes()
+    (folder / "images/a.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "images/empty.png").touch()
+    data.write_labels(folder / "labels/empty.png", np.zeros(SHAPE, int))
+    (folder / "images/lonely.png").write_bytes(whole)
+    (folder / "images/colours.png").write_bytes(whole)
+    (folder / "labels/colours.png").write_bytes(whole)
+    (folder / "images/small.png").write_bytes(whole)
+    data.write_labels(folder / "labels/small.png", np.zeros((4, 5), int))
+    result = run("refine", folder / "images", "--labels", folder / "labels", "--out", folder / "out")
+    assert result.exit_code == 1
+    assert "2 of 7 images refined" in result.stdout
+    assert "5 not refined" in result.stderr
+    for problem in (
+        f"{folder / 'images/a.png'}: cannot be decoded",
+        "empty.png: is empty",
+        "holds no lonely.png to go with it",
+        "colours.png: holds RxGxB values, not one label per pixel; convert",
+        "small.png: holds an array of 4 x 5, but the image is 16 x 20",
+    ):
+        assert problem in result.stderr
+    assert names(folder / "out") == ["b.png", "b_overlay.png", "c.d.png", "c.d_overlay.png"]
+
+
+@pytest.mark.parametrize(
+    ("probs", "problem"),
+    [
+        (np.full((*SHAPE, 2), np.nan, np.float32), "NaN"),
+        (np.full((*SHAPE, 2), 0.9, np.float32), "do not sum to 1"),
+        (np.full((2, *SHAPE), 0.5, np.float32), "holds an array of 2 x 16 x 20, but the image is 16 x 20"),
+        (np.zeros(SHAPE, np.float32), "expected 16 x 20 x labels"),
+        (np.full((*SHAPE, 2), 127, np.uint8), "uint8"),
+    ],
+)
+def test_bad_probabilities(folder, probs, problem):
+    data.write_array(folder / "probs/a.npy", probs)
+    result = run(
+        "refine", folder / "images/a.png", "--probs", folder / "probs/a.npy", "--out", folder / "out"
+    )
+    assert result.exit_code == 1
+    assert problem in result.stderr
+    assert names(folder / "out") == []
+
+
+def test_labels_beyond_the_number_given(folder):
+    data.write_labels(folder / "labels/a.png", np.full(SHAPE, 3))
+    result = run(
+        *("refine", folder / "images/a.png", "--labels", folder / "labels/a.png"),
+        *("--num-labels", 2, "--out", folder / "out"),
+    )
+    assert result.exit_code == 1
+    assert "label 3" in result.stderr
+
+
+def refuses(folder, message, *arguments):
+    before = sorted(folder.rglob("*"))
+    result = run("refine", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert sorted(path for path in folder.rglob("*") if path != folder / "out") == [
+        p for p in before if p != folder / "out"
+    ]
+    return result
+
+
+def test_usage_errors(folder):
+    image, labels, out = folder / "images/a.png", folder / "labels/a.png", folder / "out"
+    refuses(folder, "pass exactly one of --probs and --labels", image, "--out", out)
+    both = ["--labels", labels, "--probs", folder / "probs/a.npy"]
+    refuses(folder, "pass exactly one of --probs and --labels", image, *both, "--out", out)
+    refuses(folder, "--out", image, "--labels", labels)
+    refuses(folder, "missing.png", folder / "missing.png", "--labels", labels, "--out", out)
+    refuses(
+        folder,
+        "pass a folder with files of the same stems",
+        folder / "images",
+        "--labels",
+        labels,
+        "--out",
+        out,
+    )
+    probs = ["--probs", folder / "probs/a.npy", "--num-labels", 2]
+    refuses(folder, "--num-labels goes with --labels", image, *probs, "--out", out)
+    (folder / "nothing").mkdir()
+    refuses(folder, "holds no images", folder / "nothing", "--labels", folder / "labels", "--out", out)
+    refuses(folder, "--method: got 'magic'", image, "--labels", labels, "--out", out, "--method", "magic")
+    refuses(folder, "--preset: got 'magic'", image, "--labels", labels, "--out", out, "--preset", "magic")
+    refuses(folder, "--iterations", image, "--labels", labels, "--out", out, "--iterations", 0)
+
+
+def test_results_that_would_replace_each_other(folder):
+    (folder / "more").mkdir()
+    (folder / "more/A.png").write_bytes((folder / "images/a.png").read_bytes())
+    images = [folder / "images/a.png", folder / "more/A.png"]
+    options = ["--labels", folder / "labels", "--out", folder / "out"]
+    refuses(folder, "would both write", *images, *options)
+    (folder / "images/a_overlay.png").write_bytes((folder / "images/a.png").read_bytes())
+    refuses(folder, "would both write", folder / "images", *options)
+
+
+def test_results_that_would_replace_an_input(folder):
+    labels = folder / "labels/a.png"
+    for out in (folder / "images", folder / "labels"):
+        options = ["--labels", labels, "--out", out, "--overwrite"]
+        refuses(folder, "would replace the input", folder / "images/a.png", *options)
+
+
+def test_existing_results_are_replaced_only_when_asked(folder):
+    arguments = [folder / "images/a.png", "--labels", folder / "labels/a.png", "--out", folder / "out"]
+    (folder / "out").mkdir()
+    (folder / "out/a_overlay.png").write_text("precious")
+    refuses(folder, "a_overlay.png exists already; pass --overwrite", *arguments)
+    assert (folder / "out/a_overlay.png").read_text() == "precious"
+    assert run("refine", *arguments, "--overwrite").exit_code == 0
+    assert data.read_image(folder / "out/a_overlay.png").shape == (*SHAPE, 3)
+
+
+def test_a_folder_that_cannot_be_written_to(folder):
+    (folder / "file").touch()
+    for out in (folder / "file", folder / "file/out"):
+        arguments = ["--labels", folder / "labels/a.png", "--out", out]
+        refuses(folder, "cannot be written to", folder / "images/a.png", *arguments)
+
+
+def test_a_failing_write_is_reported_and_leaves_nothing_half_written(folder, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    result = run(
+        "refine", folder / "images/a.png", "--labels", folder / "labels/a.png", "--out", folder / "out"
+    )
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert names(folder / "out") == []
+
+
+def test_names_with_brackets_are_not_markup(folder):
+    (folder / "images/a.png").rename(folder / "images/a[red].png")
+    result = run(
+        "refine", folder / "images/a[red].png", "--labels", folder / "labels", "--out", folder / "[bold]out"
+    )
+    assert result.exit_code == 1
+    assert "holds no a[red].png to go with it" in result.stderr
+    assert "[bold]out" in result.stdout
+
+
+def test_demo(tmp_path):
+    result = run("demo", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert names(tmp_path) == ["demo.png"]
+    assert "own polygon annotation" in result.stdout
+    assert "to compile" in result.stdout
+    assert "to run" in result.stdout
+    noisy, refined = (
+        [float(word) for word in line.replace("│", " ").split() if word.replace(".", "").isdigit()]
+        for line in result.stdout.splitlines()
+        if "│" in line
+    )
+    assert refined[0] > max(97, noisy[0])
+    assert refined[1] > max(85, noisy[1])
+    result = run("demo", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "demo.png exists already" in result.stderr
+
+
+def test_the_demonstration_input_keeps_the_share_of_labels_it_says():
+    labels = np.zeros((800, 800), int)
+    coarse = _demo.coarsened(labels, 4)
+    cells = coarse[::8, ::8]
+    np.testing.assert_array_equal(cells.repeat(8, 0).repeat(8, 1), coarse)
+    np.testing.assert_allclose((cells == 0).mean(), 0.8, atol=0.02)
+    np.testing.assert_allclose([(cells == label).mean() for label in (1, 2, 3)], 0.2 / 3, atol=0.02)
+    np.testing.assert_array_equal(coarse, _demo.coarsened(labels, 4))
+    assert _demo.coarsened(labels[:13, :5], 4).shape == (13, 5)
+    np.testing.assert_array_equal(_demo.coarsened(labels + 2, 4, keep=1.0), labels + 2)
+
+
+def test_the_annotation_uses_every_label():
+    annotation = _demo.annotation()
+    assert annotation.shape == _demo.photograph().shape[:2]
+    np.testing.assert_array_equal(np.unique(annotation), np.arange(len(_demo.LABELS)))
+    assert len(_demo.COLORS) == len(_demo.LABELS)
+
+
+def test_info():
+    result = run("info")
+    assert result.exit_code == 0, result.output
+    for word in (
+        "jax",
+        "jaxlib",
+        "python",
+        "window_message",
+        "convcrf",
+        "densecrf_sharp",
+        "compilation cache",
+    ):
+        assert word in result.stdout
+
+
+def test_version_and_help():
+    assert run("--version").stdout.startswith("jaxcrf ")
+    assert "refine" in run("--help").stdout
+    assert "--num-labels" in CliRunner().invoke(cli.app, ["refine", "--help"], env={"COLUMNS": "200"}).stdout
+
+
+def test_loading_the_command_line_does_not_load_jax():
+    code = "import sys, jaxcrf.cli; assert not {'jax', 'numpy', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+COUNT_CACHE_EVENTS = """
+import atexit, collections, jax.monitoring
+from jaxcrf.cli import main
+events = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: events.update([event.rsplit("/", 1)[-1]]))
+atexit.register(lambda: print("hits", events["cache_hits"], "misses", events["cache_misses"]))
+main()
+"""
+
+
+def test_a_second_process_finds_the_programs_in_the_cache(folder):
+    cache = folder / "cache"
+    command = [sys.executable, "-c", COUNT_CACHE_EVENTS, "refine", "images/a.png"]
+    command += ["--labels", "labels/a.png", "--out", "out", "--overwrite"]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+
+    def hits_and_misses():
+        result = subprocess.run(
+            command, cwd=folder, env=environment, check=True, capture_output=True, text=True
+        )
+        _, hits, _, misses = result.stdout.splitlines()[-1].split()
+        return int(hits), int(misses)
+
+    hits, misses = hits_and_misses()
+    assert misses > 0
+    assert any(cache.iterdir())
+    assert hits_and_misses() == (hits + misses, 0)
+
+
+@pytest.fixture
+def restored_cache_config():
+    import jax
+
+    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    options += ("jax_persistent_cache_min_entry_size_bytes",)
+    before = {option: getattr(jax.config, option) for option in options}
+    yield jax.config
+    for option, value in before.items():
+        jax.config.update(option, value)
+
+
+def test_the_cache_folder_is_the_users_unless_the_environment_names_another(
+    tmp_path, monkeypatch, restored_cache_config
+):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path / name))
+    assert cli._use_compilation_cache() == tmp_path / "jaxcrf"
+    assert restored_cache_config.jax_compilation_cache_dir == str(tmp_path / "jaxcrf")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "other"))
+    assert cli._use_compilation_cache() == tmp_path / "other"
+    assert restored_cache_config.jax_compilation_cache_dir == str(tmp_path / "other")
+
+
+def test_a_cache_folder_that_cannot_be_written_to_does_no_harm(folder, monkeypatch, restored_cache_config):
+    (folder / "file").touch()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "file/cache"))
+    result = run(
+        "refine", folder / "images/a.png", "--labels", folder / "labels/a.png", "--out", folder / "out"
+    )
+    assert result.exit_code == 0, result.output
+    assert restored_cache_config.jax_compilation_cache_dir is None
+    assert "off (the folder cannot be written to)" in run("info").stdout

@@ -1,0 +1,187 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxcrf import plots
+from jaxcrf.data import voc_palette
+
+GRAY = np.full((6, 8, 3), 100, np.uint8)
+LABELS = np.zeros((6, 8), int)
+LABELS[:, 4:] = 1
+
+
+def rendered(figure):
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3]
+
+
+def test_overlay_blends_inside_and_is_opaque_on_both_sides_of_a_boundary():
+    picture = plots.overlay(GRAY, LABELS, alpha=0.25)
+    assert picture.dtype == np.uint8
+    assert picture.shape == (6, 8, 3)
+    np.testing.assert_array_equal(picture[0, 0], [75, 75, 75])
+    np.testing.assert_array_equal(picture[0, 7], [107, 75, 75])
+    np.testing.assert_array_equal(picture[:, 3], np.tile(voc_palette()[0], (6, 1)))
+    np.testing.assert_array_equal(picture[:, 4], np.tile(voc_palette()[1], (6, 1)))
+
+
+def test_overlay_leaves_ignored_pixels_alone():
+    labels = np.where(LABELS == 1, 255, 2)
+    picture = plots.overlay(GRAY, labels, palette=np.array([[0, 0, 0], [1, 1, 1], [0, 250, 0]], np.uint8))
+    np.testing.assert_array_equal(picture[:, 4:], GRAY[:, 4:])
+    np.testing.assert_array_equal(picture[0, 3], [0, 250, 0])
+    assert (plots.overlay(GRAY, labels, ignore_label=None)[:, 5:] != GRAY[:, 5:]).any()
+
+
+@pytest.mark.parametrize("image", [GRAY[..., 0], GRAY[..., :1], GRAY.astype(np.float32)])
+def test_overlay_takes_gray_and_float_images(image):
+    np.testing.assert_array_equal(plots.overlay(image, LABELS), plots.overlay(GRAY, LABELS))
+
+
+def test_overlay_does_not_change_its_arguments():
+    image, labels = GRAY.copy(), LABELS.copy()
+    plots.overlay(image, labels)
+    np.testing.assert_array_equal(image, GRAY)
+    np.testing.assert_array_equal(labels, LABELS)
+
+
+def test_overlay_of_a_single_pixel():
+    np.testing.assert_array_equal(plots.overlay(GRAY[:1, :1], LABELS[:1, :1], alpha=1.0), [[[0, 0, 0]]])
+
+
+def test_overlay_refuses_bad_input():
+    with pytest.raises(ValueError, match=r"labels: got shape \(5, 8\), but the image is \(6, 8\)"):
+        plots.overlay(GRAY, LABELS[:5])
+    with pytest.raises(TypeError, match="labels: got dtype float64"):
+        plots.overlay(GRAY, LABELS * 1.0)
+    with pytest.raises(ValueError, match=r"alpha: got 1\.5"):
+        plots.overlay(GRAY, LABELS, alpha=1.5)
+    with pytest.raises(ValueError, match="labels: got label 1, which is outside the palette of 1"):
+        plots.overlay(GRAY, LABELS, palette=np.zeros((1, 3), np.uint8))
+    with pytest.raises(ValueError, match="labels: got label -1"):
+        plots.overlay(GRAY, LABELS - 1)
+    with pytest.raises(ValueError, match=r"image: got shape \(6, 8, 4\)"):
+        plots.overlay(np.zeros((6, 8, 4)), LABELS)
+
+
+def test_segmentation_grid_shows_the_pictures_with_titles_and_names():
+    figure = plots.segmentation_grid(
+        {"image": [GRAY, GRAY], "labels": [LABELS, LABELS]}, label_names=["sky", "tree", "unseen"]
+    )
+    assert [axes.get_title() for axes in figure.axes] == ["image", "labels", "", ""]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["sky", "tree"]
+    colors = {tuple(color) for color in rendered(figure).reshape(-1, 3)}
+    assert {(100, 100, 100), (0, 0, 0), (128, 0, 0)} <= colors
+
+
+def test_void_is_white_and_not_named():
+    labels = np.where(LABELS == 1, 255, 1)
+    figure = plots.segmentation_grid({"labels": labels}, label_names=["sky", "tree"])
+    np.testing.assert_array_equal(figure.axes[0].images[0].get_array()[0, -1], [255, 255, 255])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["tree"]
+
+
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_legends_stay_inside_the_figure_and_off_the_panels(count):
+    labels = np.arange(count)[None].repeat(10, 0)
+    figure = plots.segmentation_grid(
+        {"labels": labels, "again": labels}, label_names=[f"label {k}" for k in range(count)]
+    )
+    figure.canvas.draw()
+    legend = figure.legends[0].get_window_extent()
+    width = figure.get_figwidth() * figure.dpi
+    assert legend.x0 >= 0
+    assert legend.y0 >= 0
+    assert legend.x1 <= width
+    assert legend.y1 <= min(axes.get_window_extent().y0 for axes in figure.axes)
+
+
+def test_segmentation_grid_refuses_bad_input():
+    with pytest.raises(ValueError, match=r"columns: got \{\}"):
+        plots.segmentation_grid({})
+    with pytest.raises(ValueError, match="columns: got different numbers of rows"):
+        plots.segmentation_grid({"a": [GRAY], "b": [GRAY, GRAY]})
+    with pytest.raises(ValueError, match=r"columns\['a'\]: got shape \(6, 8\) and dtype float64"):
+        plots.segmentation_grid({"a": np.zeros((6, 8))})
+    with pytest.raises(ValueError, match="label_names: got 1 names, none for label 1"):
+        plots.segmentation_grid({"a": LABELS}, label_names=["sky"])
+
+
+TRUTH = np.array([[0, 0, 0, 0, 255]])
+BEFORE = np.array([[0, 1, 0, 1, 0]])
+AFTER = np.array([[0, 0, 1, 2, 1]])
+
+
+def test_difference_colours_and_shares():
+    figure = plots.difference(TRUTH, BEFORE, AFTER)
+    names = ["correct", "fixed", "broken", "still wrong"]
+    picture = figure.axes[0].images[0].get_array()
+    np.testing.assert_array_equal(
+        picture[0], [*(plots.DIFFERENCE_COLORS[name] for name in names), (255, 255, 255)]
+    )
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        f"{name}  25.0 %" for name in names
+    ]
+
+
+def test_difference_shows_the_image_where_it_is_correct():
+    image = np.zeros((1, 5, 3), np.uint8)
+    image[0, 0] = 255
+    pale = plots.difference(TRUTH, TRUTH, AFTER, image=image).axes[0].images[0].get_array()
+    assert pale[0, 0, 0] > pale[0, 1, 0] > 150
+    assert tuple(pale[0, 2]) == plots.DIFFERENCE_COLORS["broken"]
+    with pytest.raises(ValueError, match=r"image: got shape \(6, 8, 3\), but the truth is \(1, 5\)"):
+        plots.difference(TRUTH, BEFORE, AFTER, image=GRAY)
+
+
+def test_difference_of_nothing_that_counts():
+    figure = plots.difference(TRUTH * 0 + 255, BEFORE, AFTER)
+    assert figure.legends[0].get_texts()[0].get_text() == "correct  0.0 %"
+
+
+def test_difference_refuses_maps_of_different_sizes():
+    with pytest.raises(ValueError, match=r"after: got shape \(6, 8\), but the truth is \(1, 5\)"):
+        plots.difference(TRUTH, BEFORE, LABELS)
+    with pytest.raises(TypeError, match="before: got dtype float64"):
+        plots.difference(TRUTH, BEFORE * 1.0, AFTER)
+
+
+def test_refinement_figure():
+    figure = plots.refinement_figure(GRAY, LABELS, LABELS * 0, LABELS, label_names=["sky", "tree"])
+    assert [axes.get_title() for axes in figure.axes] == ["image", "before", "after", "difference"]
+    texts = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
+    assert texts == {"sky", "tree", "correct  50.0 %", "fixed  50.0 %", "broken  0.0 %", "still wrong  0.0 %"}
+    assert len(plots.refinement_figure(GRAY, LABELS, LABELS, LABELS).legends) == 1
+    with pytest.raises(ValueError, match="titles: got 1"):
+        plots.refinement_figure(GRAY, LABELS, LABELS, LABELS, titles=["a"])
+
+
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg", "JPG"])
+def test_save_figure(tmp_path, suffix):
+    path = tmp_path / f"figure.{suffix}"
+    plots.save_figure(plots.segmentation_grid({"labels": LABELS}), path)
+    assert path.stat().st_size > 100
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_save_figure_scales_with_dpi(tmp_path):
+    figure = plots.segmentation_grid({"labels": LABELS})
+    plots.save_figure(figure, tmp_path / "figure.png", dpi=50)
+    with Image.open(tmp_path / "figure.png") as image:
+        np.testing.assert_allclose(image.size, figure.get_size_inches() * 50, atol=1)
+
+
+def test_save_figure_refuses_an_unknown_suffix(tmp_path):
+    with pytest.raises(ValueError, match=r"figure\.xyz: has no suffix of a figure format"):
+        plots.save_figure(plots.segmentation_grid({"labels": LABELS}), tmp_path / "figure.xyz")
+    with pytest.raises(FileNotFoundError):
+        plots.save_figure(plots.segmentation_grid({"labels": LABELS}), tmp_path / "missing" / "figure.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pyplot_stays_unloaded():
+    code = "import sys, jaxcrf.plots; assert 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
