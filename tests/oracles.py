@@ -101,8 +101,7 @@ def _kernels(features, item, spatial, filter_size, position_bandwidths):
     inside = (np.abs(offsets) <= np.broadcast_to(filter_size, len(spatial)) // 2).all(-1)
     kernels, differences = [], []
     for m, feature in enumerate(features):
-        feature = np.asarray(feature, np.float64)
-        values = feature[item if len(feature) > 1 else 0].reshape(len(grid), -1)
+        values = np.asarray(feature[item if len(feature) > 1 else 0], np.float64).reshape(len(grid), -1)
         difference = values[:, None, :] - values[None, :, :]
         exponent = (difference**2).sum(-1)
         theta = None if position_bandwidths is None else position_bandwidths[m]

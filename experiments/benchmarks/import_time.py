@@ -70,7 +70,9 @@ def main() -> None:
     arguments = parser.parse_args()
     result = measure(2 if arguments.smoke else arguments.runs)
     for name, median in result["seconds"].items():
-        print(f"{STATEMENTS[name]:<26} {1000 * median:7.0f} ms, {median / result['seconds']['jax']:.2f} of jax")
+        print(
+            f"{STATEMENTS[name]:<26} {1000 * median:7.0f} ms, {median / result['seconds']['jax']:.2f} of jax"
+        )
     print(f"target: below {TARGET}")
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)

@@ -17,10 +17,10 @@ from jaxcrf.inference.pairwise import PairwiseTerm, check_logits, pairwise_terms
 # A residual below which iterations count as converged where no tolerance was asked for.
 DEFAULT_TOLERANCE = 1e-3
 
-# The linear system behind implicit gradients: restarted GMRES, stopped at the accuracy of float32.
+# The adjoint iteration of implicit gradients stops at this change relative to the cotangent (near what
+# float32 can resolve), or after so many steps.
 IMPLICIT_TOLERANCE = 1e-6
-IMPLICIT_RESTART = 20
-IMPLICIT_RESTARTS = 10
+IMPLICIT_MAX_ITERATIONS = 1000
 
 
 class MeanFieldStats(NamedTuple):
@@ -100,8 +100,8 @@ def mean_field(
         tolerance: stop as soon as no marginal changes by more than this; None does all iterations.
         gradient: "unrolled" differentiates the iterations that were done, recomputing each in the
             backward pass so that only the messages between them are stored. "implicit" differentiates
-            the fixed point instead, at the price of one linear solve (GMRES) and of being right only
-            where `stats.converged` is; its memory does not grow with the iterations.
+            the fixed point instead, by iterating its adjoint equation; memory does not grow with the
+            iterations, and the gradient is right only where `stats.converged` is.
         damping: the share `η` of the last update that is kept, `z ← η z + (1 - η) z_new` on the logits
             before the soft-max. Parallel updates decrease the free energy for sure where the pairwise
             energy is concave (for Potts: `K` positive semi-definite); otherwise from
@@ -198,9 +198,9 @@ def _observe(q: Array, terms: Sequence[PairwiseTerm]) -> tuple[Array, ...]:
     return (q,)
 
 
-def _change(new: tuple[Array, ...], old: tuple[Array, ...]) -> Array:
-    changes = [jnp.max(jnp.abs(a - b)) for a, b in zip(new, old, strict=True)]
-    return jnp.max(jnp.stack(changes))
+def _change(new: Any, old: Any) -> Array:
+    changes = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), new, old)
+    return jnp.max(jnp.stack(jax.tree.leaves(changes)))
 
 
 def _start(unary: Array, terms: Sequence[PairwiseTerm]) -> _State:
@@ -275,20 +275,19 @@ def _iterate_to_fixed_point(
     tolerance: Array | None,
     damping: Array | None,
 ) -> _State:
+    if not num_iterations or not terms:  # nothing to be a fixed point of
+        return _iterate(unary, terms, weight, num_iterations, initial, tolerance, damping)
     frozen = lax.stop_gradient((unary, terms, weight))
     state = _iterate(*frozen, num_iterations, initial, tolerance, damping)
-    if not num_iterations:
-        return state
     # At the fixed point damping has no part in the update, and the unary has its full weight.
-    return state._replace(
-        unary_scale=weight, messages=_at_fixed_point((unary, terms, weight), state.messages)
-    )
+    messages = _at_fixed_point((unary, terms, weight), state.messages, damping)
+    return state._replace(unary_scale=weight, messages=messages)
 
 
 @jax.custom_vjp
-def _at_fixed_point(parameters: Any, messages: Any) -> Any:
+def _at_fixed_point(parameters: Any, messages: Any, damping: Array | None) -> Any:
     """`messages`, differentiated as the solution of `messages = update(parameters, messages)`."""
-    del parameters
+    del parameters, damping
     return messages
 
 
@@ -297,22 +296,31 @@ def _fixed_point_update(parameters: Any, messages: Any) -> Any:
     return _messages(jax.nn.softmax(_scores(unary, terms, weight, messages), axis=-1), terms)
 
 
-def _at_fixed_point_fwd(parameters: Any, messages: Any) -> tuple[Any, Any]:
-    return messages, (parameters, messages)
+def _at_fixed_point_fwd(parameters: Any, messages: Any, damping: Array | None) -> tuple[Any, Any]:
+    return messages, (parameters, messages, damping)
 
 
-def _at_fixed_point_bwd(residuals: Any, cotangent: Any) -> tuple[Any, Any]:
-    # With J = ∂update/∂messages, ∂L/∂θ = (∂update/∂θ)ᵀ (I - Jᵀ)⁻¹ g.
-    parameters, messages = residuals
+def _at_fixed_point_bwd(residuals: Any, cotangent: Any) -> tuple[Any, Any, Any]:
+    # With J = ∂update/∂messages, ∂L/∂θ = (∂update/∂θ)ᵀ (I - Jᵀ)⁻¹ g. The solution of x = g + Jᵀ x is iterated
+    # to, with the damping of the forward iteration: it converges where, and as fast as, that one did.
+    parameters, messages, damping = residuals
     _, pull = jax.vjp(_fixed_point_update, parameters, messages)
 
-    def operator(x: Any) -> Any:
-        return jax.tree.map(jnp.subtract, x, pull(x)[1])
+    def step(state: tuple[Any, Array, Array]) -> tuple[Any, Array, Array]:
+        x, _, count = state
+        new = jax.tree.map(jnp.add, cotangent, pull(x)[1])
+        if damping is not None:
+            new = jax.tree.map(lambda a, b: damping * a + (1 - damping) * b, x, new)
+        return new, _change(new, x), count + 1
 
-    solution, _ = jax.scipy.sparse.linalg.gmres(
-        operator, cotangent, tol=IMPLICIT_TOLERANCE, restart=IMPLICIT_RESTART, maxiter=IMPLICIT_RESTARTS
-    )
-    return pull(solution)[0], jax.tree.map(jnp.zeros_like, messages)
+    def unfinished(state: tuple[Any, Array, Array]) -> Array:
+        _, change, count = state
+        return (change > IMPLICIT_TOLERANCE * size) & (count < IMPLICIT_MAX_ITERATIONS)
+
+    size = _change(cotangent, jax.tree.map(jnp.zeros_like, cotangent))
+    solution, _, _ = lax.while_loop(unfinished, step, (cotangent, jnp.full_like(size, jnp.inf), jnp.int32(0)))
+    zeros = jax.tree.map(jnp.zeros_like, (messages, damping))
+    return pull(solution)[0], *zeros
 
 
 _at_fixed_point.defvjp(_at_fixed_point_fwd, _at_fixed_point_bwd)
