@@ -199,7 +199,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="at most so many images, evenly spread over the split")
     parser.add_argument("--seeds", type=int, default=3, help="how many draws of the noise")
     parser.add_argument("--noise", choices=("blocks", "smooth"), default="blocks")
-    parser.add_argument("--keep", type=float, default=0.8, help="the probability that a coarse label survives")
+    parser.add_argument(
+        "--keep", type=float, default=0.8, help="the probability that a coarse label survives"
+    )
     parser.add_argument("--confidence", type=float, help="of blocks; default: keep + (1 - keep) / L")
     parser.add_argument("--blur", type=int, nargs="+", default=[4, 1], help="of the reference's rows")
     parser.add_argument("--tuned", type=Path, help="further presets, as written by tune_convcrf.py")
@@ -211,7 +213,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--seeds: got {args.seeds}; expected at least 1")
     if args.data is None and not args.smoke:
         if not os.environ.get("JAXCRF_DATA_DIR"):
-            parser.error("name a data set: --data, or the environment variable JAXCRF_DATA_DIR; or use --smoke")
+            parser.error(
+                "name a data set: --data, or the environment variable JAXCRF_DATA_DIR; or use --smoke"
+            )
         args.data = Path(os.environ["JAXCRF_DATA_DIR"])
     return args
 
@@ -255,7 +259,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         file.write(json.dumps(result, indent=2).encode())
     with replacing(args.out / f"{args.name}.md") as file:
         file.write(table.encode())
-    shown = {"image": "image", "truth": "label", "unary": "noised", "reference 11, blur 4": "ConvCRF, window 11"}
+    shown = {
+        "image": "image",
+        "truth": "label",
+        "unary": "noised",
+        "reference 11, blur 4": "ConvCRF, window 11",
+    }
     tuned = [name for name in tuned_rows(args.tuned) if name in scores]
     if tuned:
         best = max(tuned, key=lambda name: scores[name]["miou"])

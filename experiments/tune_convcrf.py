@@ -102,9 +102,7 @@ def noisy_logits(rng: np.random.Generator, labels: np.ndarray, num_labels: int, 
     return np.asarray(jaxcrf.unary_from_labels(noisy, num_labels, confidence=unary.confidence))
 
 
-def batches(
-    examples: list, num_labels: int, size: int, crop: tuple[int, int], seed: int
-) -> Iterator[Batch]:
+def batches(examples: list, num_labels: int, size: int, crop: tuple[int, int], seed: int) -> Iterator[Batch]:
     """Random crops of random images; every kind of unary as often as every other."""
     rng = np.random.default_rng(seed)
     kinds: list[Unary] = []
@@ -117,7 +115,9 @@ def batches(
             top = int(rng.integers(labels.shape[0] - height + 1))
             left = int(rng.integers(labels.shape[1] - width + 1))
             here = np.s_[top : top + height, left : left + width]
-            crops.append((image[here], noisy_logits(rng, labels[here], num_labels, kinds.pop()), labels[here]))
+            crops.append(
+                (image[here], noisy_logits(rng, labels[here], num_labels, kinds.pop()), labels[here])
+            )
         yield Batch(*map(np.stack, zip(*crops, strict=True)))
 
 
@@ -205,7 +205,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         args.split = "val"
     elif args.data is None:
         if not os.environ.get("JAXCRF_DATA_DIR"):
-            parser.error("name a data set: --data, or the environment variable JAXCRF_DATA_DIR; or use --smoke")
+            parser.error(
+                "name a data set: --data, or the environment variable JAXCRF_DATA_DIR; or use --smoke"
+            )
         args.data = Path(os.environ["JAXCRF_DATA_DIR"])
     return args
 
@@ -240,7 +242,9 @@ def main(arguments: list[str] | None = None) -> dict:
             tuned[name], losses = tune(examples, num_labels, preset, initial, args)
             runs[name] = {"seconds": time.perf_counter() - start, "losses": losses}
             print(tuned[name])
-            settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+            settings = {
+                key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
+            }
             for private in ("data", "out"):
                 del settings[private]
             result = {

@@ -8,15 +8,13 @@ Each measurement is a fresh process; the imports take turns, so that a busy mach
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from jaxcrf import reporting
 
 TARGET = 1.3
 STATEMENTS = {"jax": "import jax", "jaxcrf": "import jaxcrf", "refine": "from jaxcrf import refine"}
@@ -27,15 +25,6 @@ def seconds(statement: str) -> float:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", statement], check=True)
     return time.perf_counter() - start
-
-
-def commit() -> str | None:
-    """The commit of this checkout, where it is one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def measure(runs: int) -> dict:
@@ -53,10 +42,7 @@ def measure(runs: int) -> dict:
         "ratios": {name: medians[name] / medians["jax"] for name in ("jaxcrf", "refine")},
         "target": TARGET,
         "runs": runs,
-        "python": platform.python_version(),
-        "jax": version("jax"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "commit": commit(),
+        **reporting.circumstances(__file__),
     }
 
 
@@ -75,8 +61,7 @@ def main() -> None:
         )
     print(f"target: below {TARGET}")
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "import_time.json").write_text(json.dumps(result, indent=2) + "\n")
+        reporting.write_json(arguments.out / "import_time.json", result)
 
 
 if __name__ == "__main__":

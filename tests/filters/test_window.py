@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,7 @@ def bank(shape, filter_size, *, batch=(), channels=3, blur=1, kind="none"):
 
 
 class TestWindow(FilterSuite):
-    CASES = {
+    CASES: ClassVar = {
         "one kernel of bare features": lambda: Window(image(6, 5, 2, smooth=1.0), 3),
         "smoothness": lambda: Window(jaxcrf.position_features((5, 7), (1.0, 2.0)), 5, weights=2.0),
         "bank": lambda: bank((6, 7), 5),
@@ -50,7 +52,7 @@ class TestWindow(FilterSuite):
 
 
 class TestSum(FilterSuite):
-    CASES = {
+    CASES: ClassVar = {
         "windows of two sizes": lambda: bank((5, 6), 3) + bank((5, 6), 5),
         "blurred and not": lambda: bank((6, 6), 3) + bank((6, 6), 3, blur=2),
         "without the centre": lambda: bank((5, 6), 3) + Diagonal(-bank((5, 6), 3).diagonal()),

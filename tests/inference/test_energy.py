@@ -5,9 +5,9 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from filter_suite import dense_matrix
 
 import jaxcrf
+from filter_suite import dense_matrix
 from jaxcrf.filters import Diagonal, Window
 
 SHAPE, LABELS = (2, 3), 3

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from filter_suite import dense_matrix
 
 import jaxcrf
+from filter_suite import dense_matrix
 from jaxcrf.filters import Window
 
 SHAPE, LABELS = (5, 6), 3
