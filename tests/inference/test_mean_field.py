@@ -243,7 +243,7 @@ class TestGradients:
                     jnp.vdot(a, b)
                     for a, b in zip(jax.tree.leaves(gradient[place]), jax.tree.leaves(direction), strict=True)
                 )
-                # The adjoint iteration stops at 1e-6; the other gradients are exact up to the differences' step² ≈ 1e-10.
+                # The adjoint iteration stops at 1e-6; otherwise the differences err by step² ≈ 1e-10.
                 tolerance = 1e-5 if options.get("gradient") == "implicit" else 1e-7
                 np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
