@@ -26,10 +26,16 @@ def is_concrete(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
+def is_whole(x: Any) -> bool:
+    """Whether `x` is a whole number as Python or NumPy have them; booleans are not."""
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+
+
 def as_float(x: Any) -> jax.Array:
-    """`x` as an array of float32, or of its own type if that is floating point."""
+    """`x` as an array of float32, or of its own type where that is wider: 16-bit floats are storage only."""
     x = jnp.asarray(x)
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+    wanted = jnp.promote_types(x.dtype, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
+    return x.astype(wanted)
 
 
 def positive_bandwidths(name: str, value: Any, count: int) -> tuple[Any, ...]:
@@ -72,7 +78,7 @@ def check_spatial_ndim(spatial_ndim: int) -> None:
 
 def check_num_labels(num_labels: Any) -> int:
     """Raises unless `num_labels` is a whole number of at least 1."""
-    if isinstance(num_labels, bool) or not isinstance(num_labels, (int, np.integer)) or num_labels < 1:
+    if not is_whole(num_labels) or num_labels < 1:
         raise ValueError(f"num_labels: got {num_labels!r}; expected a whole number >= 1")
     return int(num_labels)
 
@@ -96,7 +102,11 @@ def _survey_probs(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def check_finite(name: str, x: jax.Array) -> None:
     """Raises if a concrete floating-point `x` holds NaN or infinity."""
-    if is_concrete(x) and jnp.issubdtype(x.dtype, jnp.floating) and x.size and not bool(_survey(x)[0]):
+    if not is_concrete(x) or not jnp.issubdtype(x.dtype, jnp.floating) or not x.size:
+        return
+    with jax.ensure_compile_time_eval():
+        finite = bool(_survey(x)[0])
+    if not finite:
         raise ValueError(f"{name}: holds NaN or infinite values; replace them, e.g. with numpy.nan_to_num")
 
 
@@ -109,34 +119,43 @@ def check_probs(name: str, probs: jax.Array) -> None:
         )
     if not is_concrete(probs) or not probs.size:
         return
-    finite, low, off = _survey_probs(probs)
-    if not bool(finite):
+    # A constant can be looked at even while something else is being traced.
+    with jax.ensure_compile_time_eval():
+        finite, low, off = map(float, _survey_probs(probs))
+    if not finite:
         raise ValueError(f"{name}: holds NaN or infinite values; replace them before refining")
-    if float(low) < -SUM_TOLERANCE:
+    if low < -SUM_TOLERANCE:
         raise ValueError(
-            f"{name}: holds negative values (smallest {float(low):.4g}); pass unnormalised scores as logits=…"
+            f"{name}: holds negative values (smallest {low:.4g}); pass unnormalised scores as logits=…"
         )
-    if float(off) > SUM_TOLERANCE:
+    if off > SUM_TOLERANCE:
         raise ValueError(
-            f"{name}: do not sum to 1 over the last axis (off by up to {float(off):.4g}, {SUM_TOLERANCE} is "
+            f"{name}: do not sum to 1 over the last axis (off by up to {off:.4g}, {SUM_TOLERANCE} is "
             "accepted); normalise them, move the label axis last, or pass scores as logits=…"
         )
 
 
-def check_labels(name: str, labels: jax.Array, num_labels: int, ignore_label: int | None) -> None:
-    """Raises if `labels` are not whole numbers, or concrete ones are out of range."""
-    if not (jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == jnp.bool_):
+def check_labels(name: str, labels: Any, num_labels: int, ignore_label: int | None) -> jax.Array:
+    """Makes a label map int32, and raises if it is not of whole numbers or a concrete one is out of range.
+
+    The range is checked before the cast, and comparisons come after it: narrow and unsigned types would
+    wrap the numbers they are compared with.
+    """
+    if not hasattr(labels, "dtype"):
+        labels = np.asarray(labels)
+    if not (jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == np.bool_):
         raise ValueError(
             f"{name}: got dtype {labels.dtype}; expected integers. Pass probabilities as probs=…, "
             "or cast the map, e.g. labels.astype('int32')."
         )
-    if not is_concrete(labels) or not labels.size:
-        return
-    kept = labels if ignore_label is None else jnp.where(labels == ignore_label, 0, labels)
-    _, low, high = _survey(kept.astype(jnp.int32))
-    if int(low) < 0 or int(high) >= num_labels:
-        raise ValueError(
-            f"{name}: holds label {int(low) if int(low) < 0 else int(high)}; expected 0 to {num_labels - 1}"
-            f"{'' if ignore_label is None else f' or ignore_label={ignore_label}'}. "
-            "Raise num_labels, or name the label to be ignored."
-        )
+    if is_concrete(labels) and labels.size:
+        values = np.asarray(labels)
+        kept = values if ignore_label is None else values[values != ignore_label]
+        low, high = (int(kept.min()), int(kept.max())) if kept.size else (0, 0)
+        if low < 0 or high >= num_labels:
+            raise ValueError(
+                f"{name}: holds label {low if low < 0 else high}; expected 0 to {num_labels - 1}"
+                f"{'' if ignore_label is None else f' or ignore_label={ignore_label}'}. "
+                "Raise num_labels, or name the label to be ignored."
+            )
+    return jnp.asarray(labels).astype(jnp.int32)

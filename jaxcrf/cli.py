@@ -26,6 +26,21 @@ _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".w
 _LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
 _PROBS_SUFFIXES = (".npy",)
 
+# Results are 8-bit palette files.
+_MAX_LABELS = 256
+
+# Advice of the library's that is about its arguments, and what to do on the command line instead.
+_ADVICE = {
+    "pass a larger max_pixels": "pass a larger --max-pixels",
+    "Pass a label map as labels=…, num_labels=…;": "Pass a label map as --labels;",
+    "pass unnormalised scores as logits=…": "apply a softmax to unnormalised scores first",
+    "or pass scores as logits=…": "or apply a softmax to scores first",
+    " or ignore_label=": " or --ignore-label ",
+    "Raise num_labels, or name the label to be ignored.": (
+        "Raise --num-labels, or name the label to be ignored with --ignore-label."
+    ),
+}
+
 _T = TypeVar("_T")
 
 _Out = Annotated[Path, typer.Option(help="Folder for the results; made if need be.")]
@@ -76,7 +91,9 @@ def refine(
     ] = None,
     num_labels: Annotated[
         int | None,
-        typer.Option(min=1, max=256, help="How many labels there are; default: the largest found, plus one."),
+        typer.Option(
+            min=1, max=_MAX_LABELS, help="How many labels there are; default: the largest found, plus one."
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help="Inference method.")] = "convcrf",
     preset: Annotated[
@@ -88,6 +105,13 @@ def refine(
     ignore_label: Annotated[
         int, typer.Option(help="Label of pixels to fill in from their neighbours.")
     ] = 255,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Largest image and label map accepted; default: 89 million, against decompression bombs.",
+        ),
+    ] = None,
     save_probs: Annotated[bool, typer.Option("--save-probs", help="Also write <stem>_probs.npy.")] = False,
     overwrite: _Overwrite = False,
 ) -> None:
@@ -111,9 +135,10 @@ def refine(
     outputs = {path: _outputs(path, out, save_probs) for path in paths}
     partners = [_partner(path, source, probs is not None) for path in paths]
     _check_outputs(outputs, [*paths, *(partner for partner in partners if isinstance(partner, Path))])
-    _prepare_folder(out, [name for names in outputs.values() for name in names], overwrite)
+    written = [name for names in outputs.values() for name in names]
+    _check_new(written, overwrite)
 
-    _use_compilation_cache()
+    # Whatever may yet be refused is, before anything is written: the folder of the cache included.
     from jaxcrf import presets
     from jaxcrf.refinement import METHODS
 
@@ -122,7 +147,10 @@ def refine(
     if preset is not None and preset not in presets.names():
         _refuse(f"--preset: got {preset!r}; expected one of {', '.join(presets.names())}")
     if labels is not None and num_labels is None:
-        num_labels = _largest_label([p for p in partners if isinstance(p, Path)], ignore_label) + 1
+        files = [partner for partner in partners if isinstance(partner, Path)]
+        num_labels = _count_labels(files, ignore_label, max_pixels)
+    _prepare_folder(out, written, overwrite)
+    _use_compilation_cache()
 
     failures: list[tuple[Path, str]] = []
     for path, partner in _progress(list(zip(paths, partners, strict=True)), "Refining"):
@@ -134,6 +162,7 @@ def refine(
                 partner,
                 outputs[path],
                 num_labels=None if labels is None else num_labels,
+                max_pixels=max_pixels,
                 method=method,
                 preset=preset,
                 num_iterations=iterations,
@@ -141,7 +170,7 @@ def refine(
             )
         # RuntimeError: XLA's, for instance when the memory of the device does not suffice.
         except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
-            failures.append((path, str(error) or type(error).__name__))
+            failures.append((path, _for_command_line(str(error) or type(error).__name__)))
     print(f"{len(paths) - len(failures)} of {len(paths)} images refined; results in {out}")
     if failures:
         # Most reasons begin with the file that is wrong, which need not be the image.
@@ -151,25 +180,40 @@ def refine(
 
 
 def _refine_one(
-    path: Path, partner: Path, outputs: Sequence[Path], *, num_labels: int | None, **options: Any
+    path: Path,
+    partner: Path,
+    outputs: Sequence[Path],
+    *,
+    num_labels: int | None,
+    max_pixels: int | None,
+    **options: Any,
 ) -> None:
     import numpy as np
 
     import jaxcrf
     from jaxcrf.data import read_array, read_image, read_labels, write_array, write_image, write_labels
 
-    image = read_image(path)
-    unary = read_array(partner) if num_labels is None else read_labels(partner)
+    image = read_image(path, max_pixels=max_pixels)
+    unary = read_array(partner) if num_labels is None else read_labels(partner, max_pixels=max_pixels)
     if unary.ndim != (3 if num_labels is None else 2) or unary.shape[:2] != image.shape[:2]:
         expected = f"{image.shape[0]} x {image.shape[1]}"
         raise ValueError(
             f"{partner}: holds an array of {' x '.join(map(str, unary.shape))}, but the image is {expected} "
             f"(height x width); expected {expected}{' x labels' if num_labels is None else ''}"
         )
-    known: dict[str, Any] = (
-        {"probs": unary} if num_labels is None else {"labels": unary, "num_labels": num_labels}
-    )
-    refined = np.asarray(jaxcrf.refine(image, **known, **options))
+    if num_labels is None and unary.shape[2] > _MAX_LABELS:
+        raise ValueError(
+            f"{partner}: holds probabilities of {unary.shape[2]} labels; the results hold at most "
+            f"{_MAX_LABELS}, and the label axis comes last"
+        )
+    name = "probs" if num_labels is None else "labels"
+    known: dict[str, Any] = {name: unary} | ({} if num_labels is None else {"num_labels": num_labels})
+    try:
+        refined = np.asarray(jaxcrf.refine(image, **known, **options))
+    except ValueError as error:
+        if not str(error).startswith(f"{name}: "):
+            raise
+        raise ValueError(f"{partner}: {str(error).removeprefix(f'{name}: ')}") from error
     best = refined.argmax(-1)
     # All is computed before anything is written, so that results come in complete sets.
     overlaid = jaxcrf.plots.overlay(image, best, ignore_label=None)
@@ -184,7 +228,7 @@ def demo(out: _Out, overwrite: _Overwrite = False) -> None:
     """Refine a coarse, noisy annotation of a photograph, measure it, and draw demo.png.
 
     The photograph ships with matplotlib. The reference is our own polygon annotation of it; the input is
-    that annotation at an eighth of the resolution with a fifth of its cells flipped to a wrong label.
+    that annotation at an eighth of the resolution with a fifth of its cells replaced at random.
     """
     _prepare_folder(out, [out / "demo.png"], overwrite)
     cache = _use_compilation_cache()
@@ -196,6 +240,7 @@ def demo(out: _Out, overwrite: _Overwrite = False) -> None:
 
     import jaxcrf
     from jaxcrf import _demo
+    from jaxcrf.data import corrupt_labels
 
     try:
         image, truth = _demo.photograph(), _demo.annotation()
@@ -204,7 +249,7 @@ def demo(out: _Out, overwrite: _Overwrite = False) -> None:
         _complain(f"Error: the photograph is missing from this matplotlib ({error}); install it from PyPI")
         raise typer.Exit(1) from error
     num_labels = len(_demo.LABELS)
-    noisy = _demo.coarsened(truth, num_labels)
+    noisy = corrupt_labels(0, truth, num_labels)
 
     def run() -> "tuple[np.ndarray, float]":
         start = time.perf_counter()
@@ -370,11 +415,15 @@ def _check_outputs(outputs: dict[Path, list[Path]], inputs: Sequence[Path]) -> N
                 )
 
 
-def _prepare_folder(out: Path, outputs: Sequence[Path], overwrite: bool) -> None:
+def _check_new(outputs: Sequence[Path], overwrite: bool) -> None:
     existing = [path for path in outputs if path.exists()]
     if existing and not overwrite:
         more = f" (and {len(existing) - 1} more)" if len(existing) > 1 else ""
         _refuse(f"--out: {existing[0]} exists already{more}; pass --overwrite, or choose another folder")
+
+
+def _prepare_folder(out: Path, outputs: Sequence[Path], overwrite: bool) -> None:
+    _check_new(outputs, overwrite)
     reason = _make_writable(out)
     if reason:
         _refuse(f"--out: {out} cannot be written to ({reason}); choose another folder")
@@ -392,18 +441,42 @@ def _make_writable(folder: Path) -> str | None:
         return error.strerror or str(error)
 
 
-def _largest_label(paths: Sequence[Path], ignore_label: int) -> int:
-    """The largest label in any of the files; those that cannot be read are reported when their turn comes."""
+def _count_labels(paths: Sequence[Path], ignore_label: int, max_pixels: int | None) -> int:
+    """The largest label in any of the files, plus one, unless that number cannot be what is meant.
+
+    Files that cannot be read are reported when their turn comes.
+    """
     from jaxcrf.data import read_labels
 
-    largest = 0
+    largest = -1
     for path in paths:
         try:
-            labels = read_labels(path)
+            labels = read_labels(path, max_pixels=max_pixels)
         except ValueError:
             continue
-        largest = max(largest, int(labels.max(where=labels != ignore_label, initial=0)))
-    return largest
+        found = int(labels.max(where=labels != ignore_label, initial=0))
+        if found >= _MAX_LABELS:
+            _refuse(
+                f"--labels: {path} holds label {found}, but there can be at most {_MAX_LABELS} labels, 0 to "
+                f"{_MAX_LABELS - 1}; renumber them (0, 1, 2, …), or pass --ignore-label {found} if it marks "
+                "pixels to fill in, or --num-labels to go on without the files that hold larger ones"
+            )
+        largest = max(largest, found)
+    if largest == 0:
+        _refuse(
+            f"--labels: no label but 0 was found (the --ignore-label, {ignore_label}, does not count), so there "
+            "is nothing to refine. Labels are indices 0, 1, 2, …: rescale a 0/255 mask to 0/1 (with "
+            "--ignore-label -1 if none of its pixels are to be filled in), or pass --num-labels if there are "
+            "labels that these files do not show"
+        )
+    # Without any file that can be read, the number does not matter.
+    return max(largest, 0) + 1
+
+
+def _for_command_line(message: str) -> str:
+    for ours, theirs in _ADVICE.items():
+        message = message.replace(ours, theirs)
+    return message
 
 
 def _progress(items: Sequence[_T], title: str) -> Iterator[_T]:

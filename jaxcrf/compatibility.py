@@ -8,6 +8,7 @@ label. Weights greater than zero smooth.
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
@@ -31,6 +32,14 @@ def as_compatibility(compatibility: Any, num_labels: int) -> Array:
         >>> as_compatibility(3, num_labels=21).shape
         ()
     """
+    if not isinstance(compatibility, (int, float)) and not hasattr(compatibility, "dtype"):
+        try:
+            compatibility = np.asarray(compatibility, np.float32)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"compatibility: got {type(compatibility).__name__}; expected a scalar, a vector or a matrix of "
+                "numbers. Several filters go into a list, [K1, (K2, w)]."
+            ) from None
     array = _checks.as_float(compatibility)
     if array.shape not in ((), (num_labels,), (num_labels, num_labels)):
         raise ValueError(

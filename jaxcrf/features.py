@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Shaped
 
@@ -62,9 +63,11 @@ def position_features(shape: Sequence[int], bandwidth: Any) -> Features:
     if not shape or any(n < 1 for n in shape):
         raise ValueError(f"shape: got {shape}; expected the spatial sizes, each >= 1")
     bandwidths = _checks.positive_bandwidths("bandwidth", bandwidth, len(shape))
-    axes = [jnp.arange(n, dtype=jnp.float32) / b for n, b in zip(shape, bandwidths, strict=True)]
-    values = jnp.stack(jnp.meshgrid(*axes, indexing="ij"), axis=-1)
     known = all(isinstance(b, float) for b in bandwidths)
+    # Known bandwidths divide in float64, so that coordinates are rounded once.
+    xp: Any = np if known else jnp
+    axes = [xp.arange(n, dtype=float) / b for n, b in zip(shape, bandwidths, strict=True)]
+    values = jnp.asarray(xp.stack(xp.meshgrid(*axes, indexing="ij"), axis=-1), dtype=float)
     return Features(values, bandwidths if known else None)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 import warnings
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from jaxcrf.inference.mean_field import MeanFieldResult, mean_field
 from jaxcrf.presets import Normalization, Preset
 from jaxcrf.unary import unary_from_labels, unary_from_probs
 
-# The filters that each method can run on; the first is what "auto" means.
+# The filters that each method can run on.
 METHODS: dict[str, tuple[str, ...]] = {"convcrf": ("window",)}
 
 DEFAULT_PRESET = presets.get("convcrf")
@@ -32,12 +33,10 @@ class RefineConfig:
 
     Attributes:
         preset: kernels, weights and iterations.
-        filter: which filter computes the messages: "window".
         spatial_ndim: 2 for images, 3 for volumes.
     """
 
     preset: Preset = DEFAULT_PRESET
-    filter: str = "window"
     spatial_ndim: int = 2
 
 
@@ -115,11 +114,11 @@ def _refine_labels(
 
 
 def _refine_probs(image: Array, probs: Array, config: RefineConfig) -> Array:
-    return refine_logits(image, unary_from_probs(probs), config).probs
+    return refine_logits(image, unary_from_probs(probs), config).probs.astype(jnp.float32)
 
 
 def _refine_scores(image: Array, logits: Array, config: RefineConfig) -> Array:
-    return refine_logits(image, logits, config).probs
+    return refine_logits(image, logits, config).probs.astype(jnp.float32)
 
 
 def refine(
@@ -158,7 +157,8 @@ def refine(
         ignore_label: pixels of this label in `labels` are filled in from their neighbours; None for no
             such label.
         spatial_ndim: 2 for images, 3 for volumes.
-        **parameters: any other field of `Preset`, instead of the preset's.
+        **parameters: any other field of `Preset`, instead of the preset's. They are static: every distinct
+            set compiles anew, so search over parameters with `filters.Window` and `mean_field` instead.
 
     Returns:
         Refined probabilities, float32 `[*batch, *spatial, L]`.
@@ -211,12 +211,12 @@ def refine(
         if num_labels is None:
             raise TypeError("labels needs num_labels: a map need not show every label")
         count = _checks.check_num_labels(num_labels)
-        array = jnp.asarray(labels)
+        ignored = None if ignore_label is None else operator.index(ignore_label)
+        array = _checks.check_labels(name, labels, count, ignored)
         _checks.check_not_empty(name, array)
-        _checks.check_labels(name, array, count, ignore_label)
-        return _refine_labels(image, array, config, count, ignore_label)
+        return _refine_labels(image, array, config, count, ignored)
 
-    owned = not isinstance(unary, jax.Array)
+    owned = isinstance(unary, (np.ndarray, list, tuple))  # anything else may hand out its own buffer
     array = jnp.asarray(unary)
     _checks.check_not_empty(name, array)
     if probs is not None:
@@ -248,7 +248,7 @@ def _config(
     normalization: str | None,
     parameters: dict[str, Any],
 ) -> RefineConfig:
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method: got {method!r}; expected one of {', '.join(METHODS)}")
     choices = METHODS[method]
     if filter != "auto" and filter not in choices:
@@ -269,12 +269,19 @@ def _config(
         changes["normalization"] = normalization
     return RefineConfig(
         preset=dataclasses.replace(base, **changes),
-        filter=choices[0] if filter == "auto" else filter,
         spatial_ndim=spatial_ndim,
     )
 
 
 def _check_image(image: Any, leading: tuple[int, ...], name: str) -> Array:
+    if (
+        image is None
+        or isinstance(image, (str, bytes))
+        or getattr(getattr(image, "dtype", None), "hasobject", False)
+    ):
+        raise TypeError(
+            f"image: got {type(image).__name__}; expected an array, e.g. from jaxcrf.data.read_image"
+        )
     array = jnp.asarray(image)
     if array.shape == leading:
         array = array[..., None]
@@ -299,3 +306,8 @@ def _check_image(image: Any, leading: tuple[int, ...], name: str) -> Array:
             stacklevel=3,
         )
     return array
+
+
+def _largest(array: Array) -> float:
+    with jax.ensure_compile_time_eval():
+        return float(jnp.max(array))

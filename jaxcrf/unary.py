@@ -45,10 +45,10 @@ def unary_from_labels(
         The gt_prob of Krähenbühl and Koltun's demonstration code, 2011.
     """
     num_labels = _checks.check_num_labels(num_labels)
-    labels = jnp.asarray(labels)
-    _checks.check_labels("labels", labels, num_labels, ignore_label)
+    labels = _checks.check_labels("labels", labels, num_labels, ignore_label)
     if num_labels == 1:
         return jnp.zeros((*labels.shape, 1), jnp.float32)
+    confidence = float(confidence)
     if not 1 / num_labels < confidence < 1:
         raise ValueError(
             f"confidence: got {confidence}; expected more than 1/num_labels = {1 / num_labels:.4g}, below which "

@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 
 from jaxcrf import presets
@@ -28,7 +29,7 @@ def test_published_settings_are_there():
 
 
 def test_the_reference_is_there():
-    p = presets.get("convcrf")
+    p = presets.get("convcrf_reference")
     assert (p.filter_size, p.blur, p.normalization, p.num_iterations) == (11, 4, "none", 5)
     assert (p.bilateral_weight, p.position_weight, p.unary_weight) == pytest.approx(
         (0.2 * 10, 0.2 * 3, 1 - 0.2)
@@ -47,6 +48,38 @@ def test_presets_are_frozen_hashable_and_described():
         assert hash(preset) == hash(dataclasses.replace(preset))
         with pytest.raises(dataclasses.FrozenInstanceError):
             preset.blur = 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("unary_weight", float("nan")),
+        ("position_weight", float("inf")),
+        ("bilateral_weight", "much"),
+        ("position_bandwidth", 0),
+        ("bilateral_color_bandwidth", None),
+        ("bilateral_position_bandwidth", (80.0, -1.0)),
+        ("normalization", "sideways"),
+        ("num_iterations", float("nan")),
+        ("num_iterations", -1),
+        ("filter_size", 4),
+        ("filter_size", True),
+        ("filter_size", None),
+        ("blur", 0),
+        ("blur", 2.5),
+    ],
+)
+def test_fields_out_of_range_are_named(field, value):
+    with pytest.raises(ValueError, match=f"{field}: got"):
+        presets.Preset(**{field: value})
+
+
+def test_numbers_of_any_kind_become_plain_ones():
+    p = presets.Preset(
+        unary_weight=np.float32(0.5), filter_size=[3, 5], position_bandwidth=np.array([3.0, 4.0])
+    )
+    assert p == presets.Preset(unary_weight=0.5, filter_size=(3, 5), position_bandwidth=(3.0, 4.0))
+    assert hash(p) == hash(dataclasses.replace(p))
 
 
 def test_unknown_names_are_answered_with_the_nearest():

@@ -49,14 +49,14 @@ def test_probs_logits_and_labels_are_three_ways_to_say_the_same():
 
 
 def test_it_is_mean_field_over_the_windows_of_its_preset():
-    p = presets.get("convcrf")
+    p = presets.get("convcrf_reference")
     features = (
         jaxcrf.position_features(TRUTH.shape, p.position_bandwidth),
         jaxcrf.bilateral_features(IMAGE, None, p.bilateral_color_bandwidth),
     )
     K = Window(features, p.filter_size, weights=[p.position_weight, p.bilateral_weight], blur=p.blur)
     expected = jaxcrf.mean_field(np.log(PROBS), K, num_iterations=5, unary_weight=p.unary_weight).probs
-    np.testing.assert_allclose(jaxcrf.refine(IMAGE, PROBS, preset="convcrf"), expected, atol=1e-6)
+    np.testing.assert_allclose(jaxcrf.refine(IMAGE, PROBS, preset="convcrf_reference"), expected, atol=1e-6)
 
 
 def test_parameters_replace_the_preset_s():
@@ -114,6 +114,15 @@ def test_the_input_is_left_as_it_was():
     before, host = np.array(probs), PROBS.copy()
     jaxcrf.refine(IMAGE, probs)
     jaxcrf.refine(IMAGE, PROBS)
+
+    class Parameter:  # as neural-network libraries have them: an object around an array
+        def __init__(self, value):
+            self.value, self.shape, self.ndim, self.dtype = value, value.shape, value.ndim, value.dtype
+
+        def __jax_array__(self):
+            return self.value
+
+    jaxcrf.refine(IMAGE, Parameter(probs))
     np.testing.assert_array_equal(probs, before)
     np.testing.assert_array_equal(PROBS, host)
 
@@ -203,6 +212,10 @@ BAD_CALLS = {
     "no pixels": (ValueError, "holds nothing", (IMAGE[:0], PROBS[:0]), {}),
     "no labels": (ValueError, "holds nothing", (IMAGE, PROBS[..., :0]), {}),
     "no channels": (ValueError, "image: got shape .* holds nothing", (IMAGE[..., :0], PROBS), {}),
+    "no image": (TypeError, "image: got NoneType", (None, PROBS), {}),
+    "a file's name": (TypeError, "image: got str", ("photo.jpg", PROBS), {}),
+    "weight": (ValueError, "unary_weight: got nan", (IMAGE, PROBS), {"unary_weight": np.nan}),
+    "kind of preset": (ValueError, "preset: got 3", (IMAGE, PROBS), {"preset": 3}),
     "spatial_ndim": (ValueError, "spatial_ndim: got 7", (IMAGE, PROBS), {"spatial_ndim": 7}),
 }
 

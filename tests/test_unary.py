@@ -27,6 +27,38 @@ def test_out_of_range_labels_are_unknown_under_jit():
     np.testing.assert_allclose(np.exp(found), 0.5)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int64, np.uint64])
+@pytest.mark.parametrize("num_labels", [100, 127, 128, 200, 255, 256, 257, 300])
+def test_narrow_integers_do_not_wrap(dtype, num_labels):
+    # Numbers of labels that the type of the map cannot hold are no reason for it to know nothing.
+    found = jaxcrf.unary_from_labels(np.array([0, 99], dtype), num_labels, ignore_label=None)
+    np.testing.assert_array_equal(np.argmax(found, -1), [0, 99])
+    assert found[1].max() > found[1].min()
+
+
+def test_ignored_labels_do_not_wrap():
+    with pytest.raises(ValueError, match="holds label 255"):
+        jaxcrf.unary_from_labels(np.array([0, 255], np.uint8), 4, ignore_label=-1)
+    with pytest.raises(ValueError, match="holds label -1"):
+        jaxcrf.unary_from_labels(np.array([0, -1], np.int8), 4, ignore_label=255)
+    with pytest.raises(ValueError, match="holds label 4294967297"):
+        jaxcrf.unary_from_labels(np.array([0, 2**32 + 1]), 4)
+
+
+def test_booleans_are_two_labels():
+    found = jaxcrf.unary_from_labels(np.array([False, True]), 2)
+    np.testing.assert_array_equal(np.argmax(found, -1), [0, 1])
+
+
+def test_constants_are_checked_while_something_else_is_traced():
+    constant = jax.numpy.array([0, 1])
+    found = jax.jit(lambda x: x + jaxcrf.unary_from_labels(constant, 2))(np.zeros((2, 2), np.float32))
+    np.testing.assert_array_equal(found, jaxcrf.unary_from_labels(constant, 2))
+    bad = jax.numpy.array([[0.9, 0.9]])
+    with pytest.raises(ValueError, match="do not sum to 1"):
+        jax.jit(lambda x: x + jaxcrf.unary_from_probs(bad))(np.zeros((1, 2), np.float32))
+
+
 def test_one_label_is_certain():
     np.testing.assert_array_equal(jaxcrf.unary_from_labels(np.zeros((2, 2), int), 1), np.zeros((2, 2, 1)))
 

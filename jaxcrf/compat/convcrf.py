@@ -74,6 +74,8 @@ def run(
     References:
         Teichmann and Cipolla, *Convolutional CRFs for Semantic Segmentation*, 2018, and its code.
     """
+    if conf is not None and not isinstance(conf, Mapping):
+        raise TypeError(f"conf: got {type(conf).__name__}; expected the reference's configuration dictionary")
     conf = dict(conf or {})
     unknown = sorted(set(conf) - set(DEFAULT_CONFIG) - _WITHOUT_EFFECT)
     if unknown:
@@ -82,6 +84,18 @@ def run(
         )
     conf = DEFAULT_CONFIG | conf
     unary, image = jnp.asarray(unary), _checks.as_float(image)
+    if not jnp.issubdtype(unary.dtype, jnp.floating):
+        raise ValueError(f"unary: got dtype {unary.dtype}; expected floating-point scores or probabilities")
+    _checks.check_finite("unary", unary)
+    if conf["weight"] not in ("vector", "scalar", "none", None):
+        raise ValueError(f"conf: weight is {conf['weight']!r}; the reference has 'vector', 'scalar' and None")
+    for key, needed in (
+        ("pos_feats", ("sdims", "compat")),
+        ("col_feats", ("sdims", "schan", "compat", "use_bias")),
+    ):
+        missing = [] if conf[key] is None else [k for k in needed if k not in conf[key]]
+        if missing:
+            raise ValueError(f"conf: {key} lacks {', '.join(missing)}")
     if unary.ndim < 3 or image.ndim < 3 or unary.shape[-3:-1] != image.shape[-3:-1]:
         raise ValueError(
             f"unary, image: got shapes {unary.shape} and {image.shape}; expected [*batch, H, W, labels] and "

@@ -72,6 +72,18 @@ class Filter(abc.ABC):
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"filters are immutable: cannot set {name!r}; build another filter")
 
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"filters are immutable: cannot delete {name!r}; build another filter")
+
+    def __repr__(self) -> str:
+        fields = []
+        for name, value in vars(self).items():
+            described = jax.tree.map(
+                lambda x: f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else x, value
+            )
+            fields.append(f"{name.lstrip('_')}={described}")
+        return f"{type(self).__name__}({', '.join(fields)})"
+
     @property
     @abc.abstractmethod
     def spatial(self) -> tuple[int, ...]:
@@ -158,6 +170,8 @@ class Filter(abc.ABC):
                 f"{name}: got shape {q.shape}; expected [*batch, {', '.join(map(str, self.spatial))}, labels], "
                 "the size of the features that the filter was built from"
             )
+        if q.shape[-1] == 0:
+            raise ValueError(f"{name}: got shape {q.shape}, which has no labels")
         if not jnp.issubdtype(q.dtype, jnp.floating):
             raise ValueError(
                 f"{name}: got dtype {q.dtype}; expected floating point, e.g. {name}.astype('float32')"
@@ -180,6 +194,10 @@ class Filter(abc.ABC):
                 f"cannot add filters over {self.spatial} and {other.spatial}: build both from one image"
             )
         return Sum((*_terms(self), *_terms(other)))
+
+    def __radd__(self, other: Any) -> "Filter":
+        # What `sum` begins with.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
 
 # Compiled here, so that calls outside any `jit` compile once per shape and filter geometry.

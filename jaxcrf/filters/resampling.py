@@ -38,7 +38,7 @@ def pixels_per_cell(n: int, blur: int) -> np.ndarray:
 
 def average_pool(x: Array, blur: int, spatial: Sequence[int]) -> Array:
     """Averages `[*batch, *spatial, c]` over cells of `blur` pixels along every spatial axis."""
-    batch = x.ndim - 1 - len(spatial)
+    dtype, batch = x.dtype, x.ndim - 1 - len(spatial)
     pad = [(0, 0)] * batch
     split = list(x.shape[:batch])
     size = np.ones((), x.dtype)
@@ -48,8 +48,9 @@ def average_pool(x: Array, blur: int, spatial: Sequence[int]) -> Array:
         split += [count, blur]
         size = np.multiply.outer(size, pixels_per_cell(n, blur))
     x = jnp.pad(x, [*pad, (0, 0)]).reshape(*split, x.shape[-1])
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # 16-bit floats are storage only
     total = x.sum(axis=tuple(range(batch + 1, batch + 2 * len(spatial), 2)))
-    return total / jnp.asarray(size[..., None], x.dtype)
+    return (total / jnp.asarray(size[..., None], x.dtype)).astype(dtype)
 
 
 def bilinear_upsample(x: Array, blur: int, spatial: Sequence[int]) -> Array:

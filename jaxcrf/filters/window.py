@@ -29,6 +29,7 @@ from jaxcrf.filters.resampling import (
     upsample_weights,
 )
 from jaxcrf_kernels import window_message
+from jaxcrf_kernels.window_message import select_implementation
 
 
 @filter_pytree(
@@ -56,8 +57,8 @@ class Window(Filter):
     grid, and brought back bilinearly (`U`), so that the window reaches `b` times as far. The centre pixel
     is part of the window, pixels outside the image count as zero.
 
-    Differentiable in `q`, in the features (through them in images and bandwidths) and in the weights;
-    neither direction ever holds `labels × window × pixels` numbers.
+    Differentiable once, in reverse mode, in `q`, in the features (through them in images and bandwidths)
+    and in the weights; neither direction ever holds `labels × window × pixels` numbers.
 
     Args:
         features: one kernel's features or a tuple of several kernels', each `Features` or an array
@@ -134,18 +135,20 @@ class Window(Filter):
                 "build all from one image"
             )
         (spatial,) = shapes
-        sizes = (
-            (filter_size,) * spatial_ndim
-            if isinstance(filter_size, (int, np.integer))
-            else tuple(filter_size)
-        )
-        if len(sizes) != spatial_ndim or any(int(k) != k or k < 1 or k % 2 == 0 for k in sizes):
+        sizes: tuple[Any, ...] = tuple(filter_size) if np.ndim(filter_size) else (filter_size,) * spatial_ndim  # type: ignore[arg-type]
+        if len(sizes) != spatial_ndim or any(not _checks.is_whole(k) or k < 1 or k % 2 == 0 for k in sizes):
             raise ValueError(
                 f"filter_size: got {filter_size}; expected an odd number >= 1 (a window has a centre), "
                 f"or one for each of the {spatial_ndim} spatial axes"
             )
-        if isinstance(blur, bool) or not isinstance(blur, (int, np.integer)) or blur < 1:
+        if not _checks.is_whole(blur) or blur < 1:
             raise ValueError(f"blur: got {blur!r}; expected a whole number >= 1")
+        try:
+            jnp.broadcast_shapes(*(f.values.shape[: f.values.ndim - 1 - spatial_ndim] for f in kernels))
+        except ValueError:
+            batches = [f.values.shape[: f.values.ndim - 1 - spatial_ndim] for f in kernels]
+            raise ValueError(f"features: batch axes of the kernels do not broadcast, {batches}") from None
+        select_implementation(implementation)
         weights = _checks.as_float(weights)
         if weights.shape not in ((), (len(kernels),)):
             raise ValueError(
@@ -159,7 +162,7 @@ class Window(Filter):
             "left": None,
             "right": None,
             "_spatial": spatial,
-            "filter_size": tuple(int(k) for k in sizes),
+            "filter_size": tuple(map(int, sizes)),
             "blur": int(blur),
             "position_bandwidths": tuple(bandwidths for _, bandwidths in on_grid),
             "transposed": False,

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -55,15 +56,13 @@ def gibbs_energy(
         >>> jaxcrf.gibbs_energy(jnp.array([[0, 1]]), jnp.zeros((1, 2, 2)), [(K, 3.0)])
         Array(3., dtype=float32)
     """
-    num_labels = jnp.shape(logits)[-1]
-    labels = jnp.asarray(labels)
-    _checks.check_labels("labels", labels, num_labels, None)
+    logits = jnp.asarray(logits)
+    num_labels = logits.shape[-1] if logits.ndim else 1
+    labels = _checks.check_labels("labels", labels, num_labels, None)
     terms = _symmetric_terms(pairwise, num_labels, exclude_self)
     unary = check_logits(logits, terms)
-    return _sum_pixels(
-        _energy_density(jax.nn.one_hot(labels, num_labels, dtype=unary.dtype), unary, terms, unary_weight),
-        terms,
-    )
+    q = check_logits(jax.nn.one_hot(labels, num_labels, dtype=unary.dtype), terms, "labels")
+    return _sum_pixels(_energy_density(q, unary, terms, unary_weight), terms)
 
 
 def free_energy(
@@ -109,6 +108,8 @@ def free_energy(
     terms = _symmetric_terms(pairwise, jnp.shape(logits)[-1], exclude_self)
     unary = check_logits(logits, terms)
     q = check_logits(probs, terms, "probs")
+    if q.shape[-1] != unary.shape[-1]:
+        raise ValueError(f"probs: got {q.shape[-1]} labels for logits of {unary.shape[-1]}; they must agree")
     negative_entropy = -jnp.sum(jax.scipy.special.entr(q), axis=-1)
     return _sum_pixels(negative_entropy + _energy_density(q, unary, terms, unary_weight), terms)
 
@@ -121,6 +122,9 @@ def _symmetric_terms(pairwise: Any, num_labels: int, exclude_self: bool) -> tupl
                 "pairwise: a filter is not symmetric, so no energy belongs to it; use blur=1 and the "
                 "normalisation 'none' or 'symmetric'"
             )
+        mu = term.compatibility
+        if mu.ndim == 2 and _checks.is_concrete(mu) and not np.allclose(mu, np.transpose(mu)):
+            raise ValueError("pairwise: a compatibility matrix is not symmetric, so no energy belongs to it")
     return terms
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
@@ -13,6 +14,7 @@ from jaxcrf import _checks
 from jaxcrf.compatibility import reward
 from jaxcrf.filters import Filter
 from jaxcrf.inference.pairwise import PairwiseTerm, check_logits, pairwise_terms
+from jaxcrf_kernels._varying import varying_like
 
 # A residual below which iterations count as converged where no tolerance was asked for.
 DEFAULT_TOLERANCE = 1e-3
@@ -97,7 +99,8 @@ def mean_field(
             what the public ConvCRF code does.
         exclude_self: leave every pixel out of its own message, the papers' `i ≠ j`, by subtracting
             `K.diagonal() * q`.
-        tolerance: stop as soon as no marginal changes by more than this; None does all iterations.
+        tolerance: stop as soon as an update has changed no marginal by more than this; None does all
+            iterations. One such update anywhere in a batch keeps all of it going.
         gradient: "unrolled" differentiates the iterations that were done, recomputing each in the
             backward pass so that only the messages between them are stored. "implicit" differentiates
             the fixed point instead, by iterating its adjoint equation; memory does not grow with the
@@ -109,6 +112,9 @@ def mean_field(
 
     Returns:
         `MeanFieldResult(probs, logits, stats)`.
+
+    Differentiable once, in reverse mode, in the logits, the filters, the compatibilities and `unary_weight`.
+    Under `shard_map` every device iterates its own part of a batch.
 
     Raises:
         TypeError, ValueError: if shapes or types disagree, or an option is unknown.
@@ -130,7 +136,7 @@ def mean_field(
         raise ValueError(f"gradient: got {gradient!r}; expected 'unrolled' or 'implicit'")
     if isinstance(num_iterations, bool) or num_iterations != int(num_iterations) or num_iterations < 0:
         raise ValueError(f"num_iterations: got {num_iterations!r}; expected a whole number >= 0")
-    if _checks.is_concrete(damping) and not 0 <= damping < 1:
+    if np.ndim(damping) or (_checks.is_concrete(damping) and not 0 <= damping < 1):
         raise ValueError(f"damping: got {damping}; expected a share of the last update, 0 <= damping < 1")
     if tolerance is not None and _checks.is_concrete(tolerance) and not tolerance >= 0:
         raise ValueError(f"tolerance: got {tolerance}; expected a change of probabilities >= 0, or None")
@@ -167,11 +173,19 @@ def _mean_field(
     initial: str,
     gradient: str,
 ) -> MeanFieldResult:
+    # Under shard_map all vary alike from here on, so that no collective ends up inside a branch that the
+    # devices need not agree on.
+    everything = (unary, terms, weight, tolerance, damping)
+    unary, terms, weight, tolerance, damping = varying_like(everything, everything)
     run = _iterate if gradient == "unrolled" else _iterate_to_fixed_point
     state = run(unary, terms, weight, num_iterations, initial, tolerance, damping)
     scores = _scores(unary, terms, state.unary_scale, state.messages)
     probs = jax.nn.softmax(scores, axis=-1)
-    residual = state.residual if num_iterations == 0 else _change(_observe(probs, terms), state.observed)
+    residual = state.residual
+    if num_iterations:
+        last = _change(_observe(probs, terms), state.observed)
+        # Where the iterations stopped early, the state already knows the change that stopped them.
+        residual = last if tolerance is None else jnp.where(residual <= tolerance, residual, last)
     limit = DEFAULT_TOLERANCE if tolerance is None else tolerance
     return MeanFieldResult(probs, scores, MeanFieldStats(state.iterations, residual, residual <= limit))
 
@@ -230,7 +244,7 @@ def _iterate(
     tolerance: Array | None,
     damping: Array | None,
 ) -> _State:
-    state = _start(unary, terms)
+    state = varying_like(_start(unary, terms), unary)
     # A weight per label scales the unary per label from the first update on.
     state = state._replace(unary_scale=jnp.broadcast_to(state.unary_scale, weight.shape))
 
@@ -241,15 +255,18 @@ def _iterate(
         def blend(old: Array, new: Array) -> Array:
             return new if damping is None else damping * old + (1 - damping) * new
 
-        return _State(
-            unary_scale=blend(state.unary_scale, weight),
-            messages=jax.tree.map(
-                blend, state.messages, _messages(q if filtered is None else filtered, terms)
-            ),
-            observed=observed,
-            residual=_change(observed, state.observed),
-            iterations=state.iterations + 1,
-        )
+        def advance(state: _State) -> _State:
+            messages = _messages(q if filtered is None else filtered, terms)
+            return state._replace(
+                unary_scale=blend(state.unary_scale, weight),
+                messages=jax.tree.map(blend, state.messages, messages),
+                iterations=state.iterations + 1,
+            )
+
+        state = state._replace(observed=observed, residual=_change(observed, state.observed))
+        if tolerance is None:
+            return advance(state)
+        return lax.cond(state.residual <= tolerance, lambda s: s, advance, state)
 
     if initial == "logits" and num_iterations:
         state, num_iterations = update(state, unary), num_iterations - 1
@@ -318,7 +335,8 @@ def _at_fixed_point_bwd(residuals: Any, cotangent: Any) -> tuple[Any, Any, Any]:
         return (change > IMPLICIT_TOLERANCE * size) & (count < IMPLICIT_MAX_ITERATIONS)
 
     size = _change(cotangent, jax.tree.map(jnp.zeros_like, cotangent))
-    solution, _, _ = lax.while_loop(unfinished, step, (cotangent, jnp.full_like(size, jnp.inf), jnp.int32(0)))
+    start = varying_like((cotangent, jnp.full_like(size, jnp.inf), jnp.int32(0)), cotangent)
+    solution, _, _ = lax.while_loop(unfinished, step, start)
     zeros = jax.tree.map(jnp.zeros_like, (messages, damping))
     return pull(solution)[0], *zeros
 

@@ -1,6 +1,6 @@
 """Folders of the layouts that `jaxcrf.data.folders` knows, written small."""
 
-import os
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -178,13 +178,15 @@ def test_counts_must_agree(tmp_path):
         SegmentationFolder(("a", "b"), (tmp_path,), (tmp_path,), ("background",))
 
 
-def test_a_real_folder():
-    root = os.environ.get("JAXCRF_DATA_DIR")
-    if not root:
-        pytest.skip("JAXCRF_DATA_DIR is not set: it names a folder in the layout of VOC or CamVid")
-    folder = open_folder(root)
-    image, labels = folder[0]
-    assert image.dtype == np.uint8
-    assert image.shape == (*labels.shape, 3)
-    present = np.unique(labels)
-    assert set(present[present != folder.ignore_label]) <= set(range(folder.num_labels))
+def test_real_folders(data_dir):
+    opened = []
+    for root in (data_dir, *sorted(path for path in data_dir.iterdir() if path.is_dir())):
+        with contextlib.suppress(ValueError):
+            opened.append(open_folder(root))
+    assert opened, f"{data_dir}: neither a data set nor a folder of data sets"
+    for folder in opened:
+        image, labels = folder[0]
+        assert image.dtype == np.uint8
+        assert image.shape == (*labels.shape, 3)
+        present = np.unique(labels)
+        assert set(present[present != folder.ignore_label]) <= set(range(folder.num_labels))

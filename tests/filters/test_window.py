@@ -181,13 +181,43 @@ def test_bandwidths_are_differentiable():
         return jnp.sum(g * Window(features, 5)(jnp.asarray(q, theta.dtype)))
 
     with jax.enable_x64(True):
-        theta, step = jnp.array([1.5, 3.0, 50.0]), 1e-3
+        theta, step = jnp.array([1.5, 3.0, 50.0]), 1e-5
         found = jax.grad(loss)(theta)
         for a in range(3):
             e = np.zeros(3)
             e[a] = step
-            # Positions are made in float32 before the bandwidth divides them, so the step cannot be tiny.
-            np.testing.assert_allclose(found[a], (loss(theta + e) - loss(theta - e)) / (2 * step), rtol=1e-4)
+            # Truncation step² ≈ 1e-10, cancellation eps / step ≈ 1e-11.
+            np.testing.assert_allclose(found[a], (loss(theta + e) - loss(theta - e)) / (2 * step), rtol=1e-7)
+
+
+def test_symmetry_is_known_from_the_structure():
+    assert all(bank((4, 5), 3, kind=kind).is_symmetric for kind in ("none", "symmetric"))
+    assert not any(bank((4, 5), 3, kind=kind).is_symmetric for kind in ("before", "after"))
+    assert not bank((4, 6), 3, blur=2).is_symmetric
+    assert (bank((4, 5), 3) + bank((4, 5), 5)).is_symmetric
+
+
+def test_it_describes_itself_and_stays_as_it_is():
+    K = bank((4, 5), 3)
+    assert "filter_size=(3, 3)" in repr(K)
+    assert "float32[2]" in repr(K)
+    with pytest.raises(AttributeError, match="cannot delete"):
+        del K.weights
+    assert sum([K, K]).weights.shape == (4,)
+
+
+def test_16_bit_images_are_storage_only():
+    colours = image(6, 7, 3).round()
+    exact = Window(jaxcrf.bilateral_features(colours, 3.0, 60.0), 3, blur=2)
+    stored = Window(jaxcrf.bilateral_features(jnp.asarray(colours, jnp.bfloat16), 3.0, 60.0), 3, blur=2)
+    rounded = Window(
+        jaxcrf.bilateral_features(np.asarray(jnp.asarray(colours, jnp.bfloat16), np.float32), 3.0, 60.0),
+        3,
+        blur=2,
+    )
+    q = random_maps(exact)
+    assert stored.weights.dtype == jnp.float32
+    np.testing.assert_array_equal(stored(q), rounded(q))
 
 
 def test_features_may_be_shared_by_a_batch_or_not():
@@ -224,6 +254,15 @@ def test_weights_alone_can_be_traced():
         ((np.zeros((0, 4, 1)), 3), {}, "holds no pixel"),
         (((), 3), {}, "empty tuple"),
         (((np.zeros((4, 4, 1)), np.zeros((4, 5, 1))), 3), {}, "disagree in their spatial shape"),
+        (
+            ((np.zeros((2, 4, 4, 1)), np.zeros((3, 4, 4, 1))), 3),
+            {},
+            "batch axes of the kernels do not broadcast",
+        ),
+        ((np.zeros((4, 4, 1)), 3), {"implementation": "magic"}, "implementation: got 'magic'"),
+        ((np.zeros((4, 4, 1)), 3.5), {}, "filter_size: got 3.5"),
+        ((np.zeros((4, 4, 1)), None), {}, "filter_size: got None"),
+        ((np.zeros((4, 4, 1)), True), {}, "filter_size: got True"),
         ((jaxcrf.position_features((3, 4, 4), 1.0), 3), {}, "do not fit spatial_ndim=2"),
     ],
 )

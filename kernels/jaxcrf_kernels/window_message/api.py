@@ -12,6 +12,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float
 
+from jaxcrf_kernels._varying import varying_like
 from jaxcrf_kernels.window_message import reference
 from jaxcrf_kernels.window_message.reference import Needs, WindowConfig
 
@@ -88,8 +89,8 @@ def window_message(
         ValueError: if shapes disagree, a window is even, or the implementation is unknown.
         TypeError: if a window is no whole number.
 
-    Differentiable in `q`, `features`, `weights`, `left` and `right`. The backward pass streams over the
-    window like the forward one, and only computes what is asked for.
+    Differentiable once, in reverse mode, in `q`, `features`, `weights`, `left` and `right`. The backward
+    pass streams over the window like the forward one, and only computes what is asked for.
 
     Example:
         >>> import jax.numpy as jnp
@@ -113,7 +114,8 @@ def window_message(
     dtype = reference.accumulator_dtype(q.dtype)
     features = tuple(f.astype(dtype) for f in features)
     scales = [None if s is None else jnp.asarray(s).astype(dtype) for s in (left, right)]
-    return _message(config, q, features, weights.astype(dtype), *scales)
+    operands = (q, features, weights.astype(dtype), *scales)
+    return _message(config, *varying_like(operands, operands))
 
 
 def _checked_config(

@@ -22,6 +22,7 @@ from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 
 from jaxcrf_kernels._platform import by_platform
+from jaxcrf_kernels._varying import varying_like
 
 # Columns of a block on a CPU: 21 labels times 128 float32 columns are 10 KiB, and two such blocks (the
 # accumulator and the shifted map) leave room in a 32 KiB cache for the features. Measured at 375×500×21,
@@ -253,6 +254,7 @@ def _forward(
             return total + _per_label(kernel) * blocks.slice(qs, start, offset).astype(dtype)
 
         zero = jnp.zeros((*blocks.block[:-1], q.shape[-1], blocks.block[-1]), dtype)
+        zero = varying_like(zero, q, features, weights, left, right)
         total = lax.fori_loop(0, len(table), one_offset, zero)
         return jnp.moveaxis(total, -2, -1).astype(q.dtype)
 
@@ -296,6 +298,8 @@ def _backward(
     for name in ("weights", "left", "right"):
         if getattr(needs, name):
             initial[name] = [jnp.zeros(blocks.block, dtype)] * len(features)
+
+    initial = varying_like(initial, q, features, weights, left, right, cotangent)
 
     def one_block(start: Array) -> dict:
         here = [None if f is None else blocks.slice(f, start, centre) for f in fs]
