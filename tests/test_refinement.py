@@ -31,6 +31,10 @@ def as_probs(labels, confidence=0.7):
 IMAGE, TRUTH, NOISY = example()
 PROBS = as_probs(NOISY)
 
+# The default preset's scores reach 130, where float32 numbers lie 1.5e-5 apart; five updates pass on what a
+# differently compiled program rounds differently.
+ROUNDING = 2e-4
+
 
 @pytest.mark.parametrize("preset", [None, *presets.names()])
 def test_noise_goes_and_edges_stay(preset):
@@ -43,9 +47,9 @@ def test_noise_goes_and_edges_stay(preset):
 
 def test_probs_logits_and_labels_are_three_ways_to_say_the_same():
     expected = jaxcrf.refine(IMAGE, PROBS)
-    np.testing.assert_allclose(jaxcrf.refine(IMAGE, logits=np.log(PROBS)), expected, atol=1e-5)
-    np.testing.assert_allclose(jaxcrf.refine(IMAGE, labels=NOISY, num_labels=2), expected, atol=1e-5)
-    np.testing.assert_allclose(jaxcrf.refine(IMAGE, logits=np.log(PROBS) + 3.0), expected, atol=1e-4)
+    np.testing.assert_allclose(jaxcrf.refine(IMAGE, logits=np.log(PROBS)), expected, atol=ROUNDING)
+    np.testing.assert_allclose(jaxcrf.refine(IMAGE, labels=NOISY, num_labels=2), expected, atol=ROUNDING)
+    np.testing.assert_allclose(jaxcrf.refine(IMAGE, logits=np.log(PROBS) + 3.0), expected, atol=ROUNDING)
 
 
 def test_it_is_mean_field_over_the_windows_of_its_preset():
@@ -83,7 +87,7 @@ def test_a_batch_is_a_loop():
     images, probs = np.stack([IMAGE, second[0]]), np.stack([PROBS, as_probs(second[2])])
     together = jaxcrf.refine(images, probs)
     for item in range(2):
-        np.testing.assert_allclose(together[item], jaxcrf.refine(images[item], probs[item]), atol=1e-5)
+        np.testing.assert_allclose(together[item], jaxcrf.refine(images[item], probs[item]), atol=ROUNDING)
 
 
 def test_images_without_channels_and_with_many():
@@ -141,7 +145,7 @@ def test_the_core_jits_differentiates_and_batches():
     stacked = jax.vmap(lambda i, u: jaxcrf.refine_logits(i, u, config).probs)(
         jnp.stack([IMAGE] * 2), jnp.stack([logits] * 2)
     )
-    np.testing.assert_allclose(stacked[1], jaxcrf.refine_logits(IMAGE, logits, config).probs, atol=1e-5)
+    np.testing.assert_allclose(stacked[1], jaxcrf.refine_logits(IMAGE, logits, config).probs, atol=ROUNDING)
     assert np.isnan(jaxcrf.refine_logits(IMAGE, logits.at[0, 0].set(jnp.nan), config).probs).any()
 
 
