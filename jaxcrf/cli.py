@@ -287,8 +287,11 @@ def demo(out: _Out, overwrite: _Overwrite = False) -> None:
     table = Table("")
     table.add_column("pixel accuracy", justify="right")
     table.add_column("mean IoU", justify="right")
-    table.add_row("noisy input", f"{before[0]:.2f} %", f"{before[1]:.2f} %")
-    table.add_row("[bold]refined[/]", f"[bold]{after[0]:.2f} %[/]", f"[bold]{after[1]:.2f} %[/]")
+    table.add_column("time", justify="right")
+    table.add_row("noisy input", f"{before[0]:.2f} %", f"{before[1]:.2f} %", "")
+    table.add_row(
+        "[bold]refined[/]", f"[bold]{after[0]:.2f} %[/]", f"[bold]{after[1]:.2f} %[/]", f"{again:.3f} s"
+    )
     console.print(table)
     device = jax.devices()[0]
     console.print(f"{image.shape[0]} x {image.shape[1]} pixels, {num_labels} labels, on {device.device_kind}")
