@@ -10,7 +10,7 @@ of a kernel; `kernels` the kernels that one filter merges; `channels` the channe
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,15 @@ import numpy as np
 # How far probabilities may be from summing to one: 8-bit and float16 soft-max outputs pass, logits and
 # percentages do not.
 SUM_TOLERANCE = 1e-2
+
+
+Normalization = Literal["none", "before", "after", "symmetric"]
+
+
+def check_normalization(kind: Any) -> None:
+    """Raises unless `kind` is one of the four normalisations."""
+    if kind not in get_args(Normalization):
+        raise ValueError(f"normalization: got {kind!r}; expected one of {', '.join(get_args(Normalization))}")
 
 
 def is_concrete(x: Any) -> bool:

@@ -4,9 +4,9 @@ import dataclasses
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
-Normalization = Literal["none", "before", "after", "symmetric"]
+from jaxcrf._checks import Normalization, check_normalization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +64,7 @@ class Preset:
             if any(not v > 0 for v in numbers):
                 raise ValueError(f"{name}: got {value}; a bandwidth must be greater than 0")
             self._set(name, numbers if several else numbers[0])
-        if self.normalization not in get_args(Normalization):
-            known = ", ".join(get_args(Normalization))
-            raise ValueError(f"normalization: got {self.normalization!r}; expected one of {known}")
+        check_normalization(self.normalization)
         self._set("num_iterations", self._whole("num_iterations", self.num_iterations, 0))
         self._set("blur", self._whole("blur", self.blur, 1))
         size: Any = self.filter_size

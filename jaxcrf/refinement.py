@@ -13,10 +13,11 @@ from jax import Array
 from jaxtyping import Float, Int, Shaped
 
 from jaxcrf import _checks, presets
+from jaxcrf._checks import Normalization
 from jaxcrf.features import bilateral_features, position_features
 from jaxcrf.filters import Filter, Window
 from jaxcrf.inference.mean_field import MeanFieldResult, mean_field
-from jaxcrf.presets import Normalization, Preset
+from jaxcrf.presets import Preset
 from jaxcrf.unary import unary_from_labels, unary_from_probs
 
 # The filters that each method can run on.

@@ -15,6 +15,7 @@ from jax import Array
 from jaxtyping import Float, Shaped
 
 from jaxcrf import _checks
+from jaxcrf._checks import Normalization
 from jaxcrf.features import bilateral_features, position_features
 from jaxcrf.filters import Filter, Window
 from jaxcrf.inference.mean_field import mean_field
@@ -139,10 +140,11 @@ def _build_filter(image: Array, conf: Mapping[str, Any]) -> Filter:
         features.append(bilateral_features(image, positions, colour["schan"]))
         weights.append(float(colour["compat"]))
     k = Window(tuple(features), conf["filter_size"], weights=jnp.array(weights), blur=conf["blur"])
-    kind = {None: "none", "none": "none", "sym": "symmetric"}.get(conf["norm"])
+    kinds: dict[str | None, Normalization] = {None: "none", "none": "none", "sym": "symmetric"}
+    kind = kinds.get(conf["norm"])
     if kind is None:
         raise ValueError(f"conf: norm is {conf['norm']!r}; the reference has 'none' and 'sym'")
-    return k.normalized(kind)  # type: ignore[arg-type]
+    return k.normalized(kind)
 
 
 def _without_softmax(

@@ -4,14 +4,14 @@ import abc
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-Normalization = Literal["none", "before", "after", "symmetric"]
+from jaxcrf._checks import Normalization, check_normalization
 
 # Added to the row sums `K 1` before they divide, as in Krähenbühl and Koltun's code.
 NORMALIZATION_EPSILON = 1e-20
@@ -204,12 +204,6 @@ class Filter(abc.ABC):
 @jax.jit
 def _apply(k: Filter, q: Array) -> Array:
     return k.prolong(k.convolve(k.restrict(q)))
-
-
-def check_normalization(kind: str) -> None:
-    """Raises unless `kind` is one of the four normalisations."""
-    if kind not in get_args(Normalization):
-        raise ValueError(f"normalization: got {kind!r}; expected one of {', '.join(get_args(Normalization))}")
 
 
 def _terms(k: Filter) -> tuple[Filter, ...]:

@@ -12,12 +12,11 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxcrf import _checks
+from jaxcrf._checks import Normalization, check_normalization
 from jaxcrf.features import Features
 from jaxcrf.filters.base import (
     NORMALIZATION_EPSILON,
     Filter,
-    Normalization,
-    check_normalization,
     filter_pytree,
     flatten_batch,
 )

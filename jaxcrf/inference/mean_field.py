@@ -100,7 +100,7 @@ def mean_field(
         exclude_self: leave every pixel out of its own message, the papers' `i ≠ j`, by subtracting
             `K.diagonal() * q`.
         tolerance: stop as soon as an update has changed no marginal by more than this; None does all
-            iterations. One such update anywhere in a batch keeps all of it going.
+            iterations. All images of a batch go on until the last of them has settled.
         gradient: "unrolled" differentiates the iterations that were done, recomputing each in the
             backward pass so that only the messages between them are stored. "implicit" differentiates
             the fixed point instead, by iterating its adjoint equation; memory does not grow with the
