@@ -1,0 +1,263 @@
+"""The pair message: its public function, its argument checks and its VJP rule."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Float
+
+from jaxcrf_kernels._varying import varying_like
+from jaxcrf_kernels.pair_message import reference
+from jaxcrf_kernels.pair_message.reference import Needs, PairConfig
+
+IMPLEMENTATIONS = ("xla",)
+
+
+def select_implementation(implementation: str | None = None) -> str:
+    """Names the implementation that a call of `pair_message` would use.
+
+    Args:
+        implementation: an explicit choice, which is checked and never replaced, or None for the best
+            one that this machine has.
+
+    Returns:
+        One of `IMPLEMENTATIONS`.
+
+    Raises:
+        ValueError: if the name is unknown.
+
+    Example:
+        >>> select_implementation()
+        'xla'
+    """
+    if implementation is None:
+        return "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation: got {implementation!r}, which pair_message does not have; "
+            f"pass None or one of {', '.join(map(repr, IMPLEMENTATIONS))}"
+        )
+    return implementation
+
+
+def pair_message(
+    q: Float[Array, "batch pixels labels"],
+    features: Sequence[Float[Array, "b pixels d"]],
+    weights: Float[Array, " kernels"],
+    *,
+    left: Float[Array, "b pixels kernels"] | None = None,
+    right: Float[Array, "b pixels kernels"] | None = None,
+    spatial: Sequence[int] | None = None,
+    cutoff: Sequence[int] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "batch pixels labels"]:
+    r"""Sums a bank of Gaussian kernels over all pairs of pixels, exactly.
+
+    With `M` kernels,
+
+    .. math::
+        (Kq)_i = \sum_j \sum_m w_m\, s_{m,i}\, r_{m,j}\,
+            \exp\bigl(-\tfrac12 \lVert f_{m,i} - f_{m,j} \rVert^2\bigr)\, q_j ,
+
+    the pair `i = j` included. Kernel values are computed on the fly from the differences of the features, a
+    tile of pairs at a time and for all labels together; nothing of size pixels × pixels is ever held. The
+    sum is accumulated in float32 (float64 for float64 input) and returned in the type of `q`.
+
+    The cost is quadratic in the pixels: `arithmetic` counts it.
+
+    Args:
+        q: the maps to be filtered, `[batch, pixels, labels]`.
+        features: `M` arrays `[batch or 1, pixels, d_m]`, already divided by their bandwidths; `d_m` may be
+            0 and may differ between kernels.
+        weights: `M` kernel weights.
+        left: per-kernel scales `s` of the receiving pixel, `[batch or 1, pixels, M]`; None means 1.
+        right: per-kernel scales `r` of the sending pixel, likewise.
+        spatial: the shape that the pixels were flattened from, in row-major order; needed for a cut-off.
+        cutoff: None, or per spatial axis the largest distance in pixels: pairs that lie farther apart along
+            any axis are left out, and tiles of such pairs are not visited.
+        implementation: None for the best available, or one of `IMPLEMENTATIONS`; an explicit choice is
+            never replaced by another.
+
+    Returns:
+        The messages, `[batch, pixels, labels]`.
+
+    Raises:
+        ValueError: if shapes disagree, a cut-off is negative or has no `spatial`, or the implementation is
+            unknown.
+        TypeError: if `spatial` or `cutoff` are no whole numbers.
+
+    Differentiable once, in reverse mode, in `q`, `features`, `weights`, `left` and `right`. The backward
+    pass streams over the pairs like the forward one, and only computes what is asked for.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> pair_message(jnp.ones((1, 6, 1)), [jnp.zeros((1, 6, 0))], jnp.ones(1))[0, :, 0]
+        Array([6., 6., 6., 6., 6., 6.], dtype=float32)
+        >>> pair_message(
+        ...     jnp.ones((1, 6, 1)), [jnp.zeros((1, 6, 0))], jnp.ones(1), spatial=(2, 3), cutoff=(1, 1)
+        ... )[0, :, 0]
+        Array([4., 6., 4., 4., 6., 4.], dtype=float32)
+
+    References:
+        Krähenbühl and Koltun, *Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials*,
+        2011, eq. 2 and 3.
+    """
+    select_implementation(implementation)
+    q = jnp.asarray(q)
+    features = tuple(jnp.asarray(f) for f in features)
+    weights = jnp.asarray(weights)
+    config = _checked_config(q, features, weights, left, right, spatial, cutoff)
+    if q.size == 0:
+        return q
+    dtype = reference.accumulator_dtype(q.dtype)
+    features = tuple(f.astype(dtype) for f in features)
+    scales = [None if s is None else jnp.asarray(s).astype(dtype) for s in (left, right)]
+    if len(features) == 1 and any(s is not None for s in scales):
+        # One kernel's scales leave the sum, which then is the same tile in both directions.
+        s, r = scales
+        scaled = q if r is None else q.astype(dtype) * r
+        message = _varying_message(config, scaled, features, weights.astype(dtype), None, None)
+        return (message if s is None else message * s).astype(q.dtype)
+    return _varying_message(config, q, features, weights.astype(dtype), *scales)
+
+
+def _checked_config(
+    q: Array,
+    features: Sequence[Array],
+    weights: Array,
+    left: Any,
+    right: Any,
+    spatial: Sequence[int] | None,
+    cutoff: Sequence[int] | None,
+) -> PairConfig:
+    if q.ndim != 3:
+        raise ValueError(
+            f"q: got shape {q.shape}; expected [batch, pixels, labels]. "
+            "Reshape leading batch axes into one, and spatial axes into one."
+        )
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(
+            f"q: got dtype {q.dtype}; expected floating point. Cast it, e.g. q.astype('float32')."
+        )
+    batch, pixels, _ = q.shape
+    count = len(features)
+    if count == 0:
+        raise ValueError("features: got no kernel; pass at least one array, of zero features if need be")
+    if weights.shape != (count,):
+        raise ValueError(f"weights: got shape {weights.shape}; expected ({count},), one weight per kernel")
+
+    def check(name: str, shape: tuple[int, ...], last: int | None) -> None:
+        fits = len(shape) == 3 and shape[0] in (1, batch) and shape[1] == pixels
+        if not fits or (last is not None and shape[-1] != last):
+            expected = f"[{batch} or 1, {pixels}, {'d' if last is None else last}]"
+            raise ValueError(f"{name}: got shape {shape}; expected {expected} to match q")
+
+    for m, array in enumerate(features):
+        check(f"features[{m}]", array.shape, None)
+    for name, array in (("left", left), ("right", right)):
+        if array is not None:
+            check(name, np.shape(array), count)
+
+    shape = None if spatial is None else _whole("spatial", spatial)
+    if shape is not None and math.prod(shape) != pixels:
+        raise ValueError(
+            f"spatial: got {shape}, which is {math.prod(shape)} pixels; expected the shape that the "
+            f"{pixels} pixels of q were flattened from"
+        )
+    if cutoff is None:
+        return PairConfig((pixels,), None)
+    reach = _whole("cutoff", cutoff)
+    if shape is None:
+        raise ValueError(f"cutoff: got {reach} without spatial; pass spatial=(height, width) of the pixels")
+    if len(reach) != len(shape) or any(c < 0 for c in reach):
+        raise ValueError(
+            f"cutoff: got {reach}; expected {len(shape)} distances >= 0 in pixels, one per spatial axis"
+        )
+    # Distances longer than the image leave nothing out, and a cut-off of such is none.
+    if all(c >= n - 1 for c, n in zip(reach, shape, strict=True)):
+        return PairConfig((pixels,), None)
+    return PairConfig(shape, tuple(min(c, n - 1) if n else c for c, n in zip(reach, shape, strict=True)))
+
+
+def _whole(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    if np.ndim(values) != 1 or not all(isinstance(v, int | np.integer) for v in values):
+        raise TypeError(f"{name}: got {values}; expected whole numbers, one per spatial axis")
+    return tuple(map(int, values))
+
+
+def _varying_message(config: PairConfig, *operands: Any) -> Array:
+    return _message(config, *varying_like(operands, operands))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _message(config: PairConfig, q: Any, features: Any, weights: Any, left: Any, right: Any) -> Any:
+    return reference.forward(config, q, features, weights, left, right)
+
+
+def _message_fwd(config: PairConfig, *arguments: Any) -> tuple[Array, Any]:
+    perturbed = [_any_perturbed(argument) for argument in arguments]
+    values = jax.tree.map(lambda x: x.value, arguments, is_leaf=_is_primal)
+    needs = Needs(*perturbed)
+    return _message(config, *values), (needs, values)
+
+
+def _message_bwd(config: PairConfig, residuals: Any, cotangent: Any) -> Any:
+    needs, (q, features, weights, left, right) = residuals
+    if isinstance(cotangent, SymbolicZero):
+        return jax.tree.map(jnp.zeros_like, (q, features, weights, left, right))
+    return reference.backward(config, needs, q, features, weights, left, right, cotangent)
+
+
+def _is_primal(x: Any) -> bool:
+    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
+
+
+def _any_perturbed(tree: Any) -> bool:
+    return any(x.perturbed for x in jax.tree.leaves(tree, is_leaf=_is_primal))
+
+
+_message.defvjp(_message_fwd, _message_bwd, symbolic_zeros=True)
+
+
+def arithmetic(
+    shape: Sequence[int],
+    feature_sizes: Sequence[int],
+    *,
+    spatial: Sequence[int] | None = None,
+    cutoff: Sequence[int] | None = None,
+) -> dict[str, float]:
+    """Counts what a message must at least compute and move, to set a measured time beside.
+
+    Args:
+        shape: `[batch, pixels, labels]` of `q`.
+        feature_sizes: `d_m` of every kernel.
+        spatial: as in `pair_message`.
+        cutoff: as in `pair_message`.
+
+    Returns:
+        `multiply_adds` (one per ordered pair and label), `exponentials` (one per unordered pair and kernel
+        that has features) and `bytes` (reading `q` and the features once, writing the message once,
+        float32).
+
+    Example:
+        >>> arithmetic((1, 375 * 500, 21), (5,))["multiply_adds"] / 1e9
+        738.28125
+    """
+    batch, pixels, labels = shape
+    pairs = pixels**2
+    if cutoff is not None and spatial is not None:
+        # Along an axis of n pixels, n pairs at distance 0 and 2 (n - d) at every distance d up to c.
+        reach = [min(c, n - 1) for c, n in zip(cutoff, spatial, strict=True)]
+        pairs = math.prod(n + c * (2 * n - c - 1) for c, n in zip(reach, spatial, strict=True))
+    unordered = (pairs + pixels) // 2
+    return {
+        "multiply_adds": float(batch * pairs * labels),
+        "exponentials": float(batch * unordered * sum(d > 0 for d in feature_sizes)),
+        "bytes": 4.0 * batch * pixels * (2 * labels + sum(feature_sizes)),
+    }
