@@ -16,11 +16,11 @@ from jaxcrf._checks import Normalization, check_normalization
 # Added to the row sums `K 1` before they divide, as in Krähenbühl and Koltun's code.
 NORMALIZATION_EPSILON = 1e-20
 
-F = TypeVar("F", bound=type["Filter"])
+F = TypeVar("F", bound=type["Immutable"])
 
 
 def filter_pytree(*, data: Sequence[str], static: Sequence[str]) -> Callable[[F], F]:
-    """Registers a filter class as a pytree of the named fields.
+    """Registers a class of filters or kernels as a pytree of the named fields.
 
     Unflattening sets the fields and nothing else: a constructor validates what users pass, while JAX also
     fills trees with placeholders.
@@ -34,11 +34,11 @@ def filter_pytree(*, data: Sequence[str], static: Sequence[str]) -> Callable[[F]
     """
 
     def register(cls: F) -> F:
-        def flatten(self: Filter) -> tuple[list, tuple]:
+        def flatten(self: Immutable) -> tuple[list, tuple]:
             children = [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in data]
             return children, tuple(getattr(self, name) for name in static)
 
-        def unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> Filter:
+        def unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> Immutable:
             fields = dict(zip(data, children, strict=True)) | dict(zip(static, aux, strict=True))
             return cls.from_fields(**fields)
 
@@ -48,14 +48,8 @@ def filter_pytree(*, data: Sequence[str], static: Sequence[str]) -> Callable[[F]
     return register
 
 
-class Filter(abc.ABC):
-    r"""A linear operator `K` over pixels, the same for every label.
-
-    `K(q)` filters maps `[*batch, *spatial, labels]`. Subclasses implement `convolve` and, where the
-    filter works on a coarser grid, `restrict` and `prolong` around it: `K = prolong ∘ convolve ∘
-    restrict`, all three linear and blind to labels. Algorithms that only need what lies between two
-    applications of `K` carry the restricted maps from one to the next, which may be much smaller.
-    """
+class Immutable:
+    """An object that is made once, and changed by making another."""
 
     @classmethod
     def from_fields(cls, **fields: Any) -> Self:
@@ -83,6 +77,16 @@ class Filter(abc.ABC):
             )
             fields.append(f"{name.lstrip('_')}={described}")
         return f"{type(self).__name__}({', '.join(fields)})"
+
+
+class Filter(Immutable, abc.ABC):
+    r"""A linear operator `K` over pixels, the same for every label.
+
+    `K(q)` filters maps `[*batch, *spatial, labels]`. Subclasses implement `convolve` and, where the
+    filter works on a coarser grid, `restrict` and `prolong` around it: `K = prolong ∘ convolve ∘
+    restrict`, all three linear and blind to labels. Algorithms that only need what lies between two
+    applications of `K` carry the restricted maps from one to the next, which may be much smaller.
+    """
 
     @property
     @abc.abstractmethod
@@ -126,6 +130,11 @@ class Filter(abc.ABC):
     @property
     def restricts(self) -> bool:
         """Whether `restrict` is anything but the identity."""
+        return False
+
+    @property
+    def pools(self) -> bool:
+        """Whether the restricted maps are averages of `q` over cells, and so all that `K` sees of it."""
         return False
 
     @property
@@ -203,7 +212,7 @@ class Filter(abc.ABC):
 # Compiled here, so that calls outside any `jit` compile once per shape and filter geometry.
 @jax.jit
 def _apply(k: Filter, q: Array) -> Array:
-    return k.prolong(k.convolve(k.restrict(q)))
+    return k.prolong(k.convolve(k.restrict(q))).astype(q.dtype)
 
 
 def _terms(k: Filter) -> tuple[Filter, ...]:
@@ -248,6 +257,10 @@ class Sum(Filter):
     @property
     def restricts(self) -> bool:  # noqa: D102
         return any(k.restricts for k in self.terms)
+
+    @property
+    def pools(self) -> bool:  # noqa: D102
+        return any(k.pools for k in self.terms)
 
     @property
     def num_restricted(self) -> int:  # noqa: D102

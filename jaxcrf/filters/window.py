@@ -231,6 +231,10 @@ class Window(Filter):
         return self.blur > 1
 
     @property
+    def pools(self) -> bool:  # noqa: D102
+        return self.blur > 1
+
+    @property
     def num_restricted(self) -> int:  # noqa: D102
         return 1 if self.blur == 1 or (self.left is None and self.right is None) else len(self.features)
 

@@ -207,7 +207,7 @@ def _messages(q: Array, terms: Sequence[PairwiseTerm]) -> tuple[tuple[Array, ...
 
 def _observe(q: Array, terms: Sequence[PairwiseTerm]) -> tuple[Array, ...]:
     q = lax.stop_gradient(q)
-    if terms and all(term.filter.restricts for term in terms):
+    if terms and all(term.filter.pools for term in terms):
         return lax.stop_gradient(terms[0].filter.restrict(q))
     return (q,)
 
@@ -263,9 +263,9 @@ def _iterate(
                 iterations=state.iterations + 1,
             )
 
+        if tolerance is None:  # then only the last change is ever looked at
+            return advance(state._replace(observed=observed))
         state = state._replace(observed=observed, residual=_change(observed, state.observed))
-        if tolerance is None:
-            return advance(state)
         return lax.cond(state.residual <= tolerance, lambda s: s, advance, state)
 
     if initial == "logits" and num_iterations:

@@ -1,0 +1,240 @@
+"""What the fully connected Gaussian filters share: weighted, normalised sums of Gaussian kernels."""
+
+import abc
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+from jaxcrf import _checks
+from jaxcrf._checks import Normalization, check_normalization
+from jaxcrf.features import Features
+from jaxcrf.filters.base import NORMALIZATION_EPSILON, Filter, Immutable
+
+
+def read_features(features: Any, spatial_ndim: int) -> tuple[Features, ...]:
+    """Reads a `features` argument: one kernel's features or a sequence of them, all over the same pixels.
+
+    Args:
+        features: `Features` or a bare array `[*batch, *spatial, d]`, or a tuple or list of those.
+        spatial_ndim: how many axes are spatial.
+
+    Returns:
+        The features of every kernel, their values at least float32.
+
+    Raises:
+        ValueError: if there is no kernel, or shapes do not fit `spatial_ndim` or each other.
+    """
+    _checks.check_spatial_ndim(spatial_ndim)
+    kernels = []
+    for f in features if isinstance(features, (tuple, list)) else (features,):
+        values = f.values if isinstance(f, Features) else f
+        known = f.position_bandwidths if isinstance(f, Features) else None
+        kernels.append(Features(_checks.as_float(values), known))
+    if not kernels:
+        raise ValueError("features: got an empty tuple; pass the features of at least one kernel")
+    for f in kernels:
+        if f.values.ndim < spatial_ndim + 1:
+            raise ValueError(
+                f"features: got shape {f.values.shape}; expected [*batch, {spatial_ndim} spatial axes, d] "
+                "(spatial_ndim=3 for volumes)"
+            )
+        if 0 in f.values.shape[:-1]:
+            raise ValueError(f"features: got shape {f.values.shape}, which holds no pixel")
+        if f.position_bandwidths is not None and len(f.position_bandwidths) != spatial_ndim:
+            raise ValueError(
+                f"features: positions along {len(f.position_bandwidths)} axes do not fit "
+                f"spatial_ndim={spatial_ndim}"
+            )
+    shapes = {f.values.shape[-1 - spatial_ndim : -1] for f in kernels}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"features: kernels disagree in their spatial shape, {sorted(shapes)}; build all from one image"
+        )
+    batches = [f.values.shape[: f.values.ndim - 1 - spatial_ndim] for f in kernels]
+    try:
+        jnp.broadcast_shapes(*batches)
+    except ValueError:
+        raise ValueError(f"features: batch axes of the kernels do not broadcast, {batches}") from None
+    return tuple(kernels)
+
+
+def read_weights(weights: Any, count: int) -> Float[Array, " kernels"]:
+    """Reads a `weights` argument: one number for all kernels, or one per kernel.
+
+    Raises:
+        ValueError: if there is another number of them.
+    """
+    weights = _checks.as_float(weights)
+    if weights.shape not in ((), (count,)):
+        raise ValueError(
+            f"weights: got shape {weights.shape} for {count} kernels; expected one number or ({count},)"
+        )
+    return jnp.broadcast_to(weights, (count,))
+
+
+class Kernel(Immutable, abc.ABC):
+    """One Gaussian kernel of weight one, as an immutable pytree: `prolong ∘ convolve ∘ restrict`.
+
+    Maps are `[*batch, *spatial, labels]` in float32 or wider, with the kernel's own batch broadcast already.
+    """
+
+    spatial: tuple[int, ...]
+    batch: tuple[int, ...]
+    is_symmetric: bool
+    restricts: bool
+
+    @property
+    @abc.abstractmethod
+    def T(self) -> "Kernel":
+        """The exact transpose."""
+
+    @abc.abstractmethod
+    def diagonal(self) -> Array:
+        """The diagonal, broadcastable to `[*batch, *spatial]`."""
+
+    def restrict(self, q: Array) -> Array:
+        """Brings a map to the kernel's own grid."""
+        return q
+
+    @abc.abstractmethod
+    def convolve(self, x: Array) -> Array:
+        """Filters on that grid."""
+
+    def prolong(self, x: Array) -> Array:
+        """Brings the result back to pixels."""
+        return x
+
+
+class GaussianFilter(Filter):
+    r"""A weighted sum of Gaussian kernels over all pairs of pixels, `K = Σ_m w_m diag(l_m) K_m diag(r_m)`.
+
+    The base of the fully connected filters; they differ in how, and how exactly, they evaluate a kernel.
+    """
+
+    kernels: tuple[Kernel, ...]
+    weights: Array  # [kernels]
+    left: tuple[Array | None, ...]  # per kernel [*batch, *spatial], applied after it
+    right: tuple[Array | None, ...]  # likewise, applied before it
+    symmetric_scales: bool
+
+    def _set_kernels(self, kernels: Sequence[Kernel], weights: Array) -> None:
+        fields = {
+            "kernels": tuple(kernels),
+            "weights": weights,
+            "left": (None,) * len(kernels),
+            "right": (None,) * len(kernels),
+            "symmetric_scales": True,
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def spatial(self) -> tuple[int, ...]:  # noqa: D102
+        return self.kernels[0].spatial
+
+    @property
+    def batch(self) -> tuple[int, ...]:  # noqa: D102
+        scales = [s.shape[: s.ndim - len(self.spatial)] for s in (*self.left, *self.right) if s is not None]
+        return jnp.broadcast_shapes(*(k.batch for k in self.kernels), *scales)
+
+    @property
+    def is_symmetric(self) -> bool:  # noqa: D102
+        return self.symmetric_scales and all(k.is_symmetric for k in self.kernels)
+
+    @property
+    def T(self) -> Self:  # noqa: D102
+        return self.replace(kernels=tuple(k.T for k in self.kernels), left=self.right, right=self.left)
+
+    def diagonal(self) -> Array:  # noqa: D102
+        total = jnp.zeros((), self.weights.dtype)
+        for m, k in enumerate(self.kernels):
+            total = total + self.weights[m] * _scale(_scale(k.diagonal(), self.left[m]), self.right[m])
+        return jnp.broadcast_to(total, (*self.batch, *self.spatial))
+
+    def normalized(self, kind: Normalization) -> Self:  # noqa: D102
+        check_normalization(kind)
+        none = (None,) * len(self.kernels)
+        bare = self.replace(left=none, right=none, symmetric_scales=True)
+        if kind == "none":
+            return bare
+        sums = [_row_sums(k, self.weights.dtype) + NORMALIZATION_EPSILON for k in self.kernels]
+        if kind == "symmetric":
+            scales = tuple(lax.rsqrt(s) for s in sums)
+            return bare.replace(left=scales, right=scales)
+        scales = tuple(1 / s for s in sums)
+        return bare.replace(
+            left=scales if kind == "after" else none,
+            right=scales if kind == "before" else none,
+            symmetric_scales=False,
+        )
+
+    @property
+    def restricts(self) -> bool:  # noqa: D102
+        return len(self.kernels) > 1 or self.kernels[0].restricts or self.right[0] is not None
+
+    @property
+    def num_restricted(self) -> int:  # noqa: D102
+        return len(self.kernels)
+
+    def restrict(self, q: Array) -> tuple[Array, ...]:  # noqa: D102
+        q = q.astype(jnp.promote_types(q.dtype, jnp.float32))
+        return tuple(
+            k.restrict(_scale(q, None if r is None else r[..., None]))
+            for k, r in zip(self.kernels, self.right, strict=True)
+        )
+
+    def convolve(self, restricted: tuple[Array, ...]) -> tuple[Array, ...]:  # noqa: D102
+        return tuple(k.convolve(x) for k, x in zip(self.kernels, restricted, strict=True))
+
+    def prolong(self, convolved: tuple[Array, ...]) -> Array:  # noqa: D102
+        parts = []
+        for m, (k, x) in enumerate(zip(self.kernels, convolved, strict=True)):
+            scale = _scale(self.weights[m], self.left[m])
+            parts.append(_scale(k.prolong(x), scale if scale.ndim == 0 else scale[..., None]))
+        return functools.reduce(jnp.add, parts)
+
+
+def _scale(x: Array, scale: Array | None) -> Array:
+    return x if scale is None else x * scale
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _row_sums(kernel: Kernel, dtype: Any) -> Array:
+    ones = jnp.ones((*kernel.batch, *kernel.spatial, 1), dtype)
+    return kernel.prolong(kernel.convolve(kernel.restrict(ones)))[..., 0]
+
+
+def map_batch(
+    function: Callable[..., Array], shared: Any, batch: int, x: Array, ndim: int, own_batch: int
+) -> Array:
+    """Applies `function(shared_item, x_item)` to every item of a batch, one after the other.
+
+    Args:
+        function: of one item's arrays and one item of `x`.
+        shared: a tree of arrays with `own_batch` leading items.
+        batch: how many items `x` has.
+        x: `[*batch axes, …]` with `ndim` trailing axes.
+        ndim: the trailing axes of one item.
+        own_batch: 1 where one item of `shared` serves the whole batch.
+
+    Returns:
+        The stacked results `[batch, …]`.
+    """
+    flat = x.reshape(batch, *x.shape[x.ndim - ndim :])
+    if own_batch == 1:
+        only = jax.tree.map(lambda a: a[0], shared)
+        if batch == 1:
+            return function(only, flat[0])[None]
+        return lax.map(lambda item: function(only, item), flat)
+    return lax.map(lambda items: function(*items), (shared, flat))
+
+
+def flat_batch(shape: tuple[int, ...]) -> int:
+    """How many items a batch shape holds."""
+    return math.prod(shape)
