@@ -22,9 +22,16 @@ if TYPE_CHECKING:
     from jaxcrf.features import position_features as position_features
     from jaxcrf.inference.energy import free_energy as free_energy
     from jaxcrf.inference.energy import gibbs_energy as gibbs_energy
+    from jaxcrf.inference.frank_wolfe import frank_wolfe as frank_wolfe
+    from jaxcrf.inference.infer import infer as infer
     from jaxcrf.inference.mean_field import MeanFieldResult as MeanFieldResult
     from jaxcrf.inference.mean_field import MeanFieldStats as MeanFieldStats
     from jaxcrf.inference.mean_field import mean_field as mean_field
+    from jaxcrf.inference.projected_gradient import projected_gradient as projected_gradient
+    from jaxcrf.inference.relaxation import InferenceResult as InferenceResult
+    from jaxcrf.inference.relaxation import InferenceStats as InferenceStats
+    from jaxcrf.inference.relaxation import relaxed_energy as relaxed_energy
+    from jaxcrf.inference.relaxation import rounded_energy as rounded_energy
     from jaxcrf.presets import Preset as Preset
     from jaxcrf.refinement import RefineConfig as RefineConfig
     from jaxcrf.refinement import refine as refine
@@ -35,17 +42,24 @@ if TYPE_CHECKING:
 _SUBMODULES = ("compat", "compatibility", "data", "filters", "inference", "metrics", "plots", "presets")
 _HOMES = {
     "Features": "features",
+    "InferenceResult": "inference.relaxation",
+    "InferenceStats": "inference.relaxation",
     "MeanFieldResult": "inference.mean_field",
     "MeanFieldStats": "inference.mean_field",
     "Preset": "presets",
     "RefineConfig": "refinement",
     "bilateral_features": "features",
+    "frank_wolfe": "inference.frank_wolfe",
     "free_energy": "inference.energy",
     "gibbs_energy": "inference.energy",
+    "infer": "inference.infer",
     "mean_field": "inference.mean_field",
     "position_features": "features",
+    "projected_gradient": "inference.projected_gradient",
     "refine": "refinement",
     "refine_logits": "refinement",
+    "relaxed_energy": "inference.relaxation",
+    "rounded_energy": "inference.relaxation",
     "unary_from_labels": "unary",
     "unary_from_probs": "unary",
 }

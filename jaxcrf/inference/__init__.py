@@ -2,6 +2,13 @@
 
 from jaxcrf.inference.energy import free_energy as free_energy
 from jaxcrf.inference.energy import gibbs_energy as gibbs_energy
+from jaxcrf.inference.frank_wolfe import frank_wolfe as frank_wolfe
+from jaxcrf.inference.infer import infer as infer
 from jaxcrf.inference.mean_field import MeanFieldResult as MeanFieldResult
 from jaxcrf.inference.mean_field import MeanFieldStats as MeanFieldStats
 from jaxcrf.inference.mean_field import mean_field as mean_field
+from jaxcrf.inference.projected_gradient import projected_gradient as projected_gradient
+from jaxcrf.inference.relaxation import InferenceResult as InferenceResult
+from jaxcrf.inference.relaxation import InferenceStats as InferenceStats
+from jaxcrf.inference.relaxation import relaxed_energy as relaxed_energy
+from jaxcrf.inference.relaxation import rounded_energy as rounded_energy
