@@ -7,6 +7,7 @@ normalisations `K.normalized(kind)`, and can be added to another: `K1 + K2`.
 from jaxcrf.filters.base import Diagonal as Diagonal
 from jaxcrf.filters.base import Filter as Filter
 from jaxcrf.filters.base import Sum as Sum
+from jaxcrf.filters.dense import Dense as Dense
 from jaxcrf.filters.lattice import Lattice as Lattice
 from jaxcrf.filters.separable import Separable as Separable
 from jaxcrf.filters.window import Window as Window

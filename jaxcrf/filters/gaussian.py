@@ -184,20 +184,26 @@ class GaussianFilter(Filter):
 
     def restrict(self, q: Array) -> tuple[Array, ...]:  # noqa: D102
         q = q.astype(jnp.promote_types(q.dtype, jnp.float32))
-        return tuple(
-            k.restrict(_scale(q, None if r is None else r[..., None]))
-            for k, r in zip(self.kernels, self.right, strict=True)
-        )
+        return tuple(self._restrict(m, q) for m in range(len(self.kernels)))
 
     def convolve(self, restricted: tuple[Array, ...]) -> tuple[Array, ...]:  # noqa: D102
         return tuple(k.convolve(x) for k, x in zip(self.kernels, restricted, strict=True))
 
     def prolong(self, convolved: tuple[Array, ...]) -> Array:  # noqa: D102
-        parts = []
-        for m, (k, x) in enumerate(zip(self.kernels, convolved, strict=True)):
-            scale = _scale(self.weights[m], self.left[m])
-            parts.append(_scale(k.prolong(x), scale if scale.ndim == 0 else scale[..., None]))
+        parts = [self._prolong(m, x) for m, x in enumerate(convolved)]
         return functools.reduce(jnp.add, parts)
+
+    def _restrict(self, m: int, q: Array) -> Array:
+        right = self.right[m]
+        return self.kernels[m].restrict(_scale(q, None if right is None else right[..., None]))
+
+    def _prolong(self, m: int, x: Array) -> Array:
+        scale = _scale(self.weights[m], self.left[m])
+        return _scale(self.kernels[m].prolong(x), scale if scale.ndim == 0 else scale[..., None])
+
+    def _term(self, m: int, q: Array) -> Array:
+        """What one of the kernels adds to the message of maps that are float32 or wider."""
+        return self._prolong(m, self.kernels[m].convolve(self._restrict(m, q)))
 
 
 def _scale(x: Array, scale: Array | None) -> Array:

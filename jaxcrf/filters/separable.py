@@ -75,21 +75,22 @@ def is_position_only(f: Features, spatial_ndim: int) -> bool:
     return f.position_bandwidths is not None and f.values.shape[-1] == spatial_ndim
 
 
-@filter_pytree(data=(), static=("spatial", "bandwidths"))
+@filter_pytree(data=(), static=("spatial", "bandwidths", "cutoff"))
 class SeparableKernel(Kernel):
     """A Gaussian of position with known bandwidths; it holds no array."""
 
     spatial: tuple[int, ...]
     bandwidths: tuple[float, ...]
+    cutoff: tuple[int, ...] | None
     batch = ()
     is_symmetric = True
     restricts = False
 
     @classmethod
-    def of(cls, f: Features, spatial_ndim: int) -> "SeparableKernel":
-        """The kernel of position features."""
+    def of(cls, f: Features, spatial_ndim: int, cutoff: tuple[int, ...] | None = None) -> "SeparableKernel":
+        """The kernel of position features, zero beyond a cut-off in pixels along any axis."""
         spatial = f.values.shape[-1 - spatial_ndim : -1]
-        return cls.from_fields(spatial=spatial, bandwidths=f.position_bandwidths)
+        return cls.from_fields(spatial=spatial, bandwidths=f.position_bandwidths, cutoff=cutoff)
 
     @property
     def T(self) -> "SeparableKernel":  # noqa: D102
@@ -99,44 +100,49 @@ class SeparableKernel(Kernel):
         return jnp.ones(self.spatial)
 
     def convolve(self, x: Array) -> Array:  # noqa: D102
-        return gaussian_convolution(x, self.spatial, self.bandwidths)
+        return gaussian_convolution(x, self.spatial, self.bandwidths, self.cutoff)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gaussian_convolution(x: Array, spatial: tuple[int, ...], bandwidths: tuple[float, ...]) -> Array:
-    """Filters `[*batch, *spatial, c]` with `exp(-½ Σ (Δ/θ)²)`, exact to the rounding of its type."""
-    first = x.ndim - 1 - len(spatial)
-    for axis, (n, theta) in enumerate(zip(spatial, bandwidths, strict=True), start=first):
-        if n > 1:
-            lines = x.reshape(math.prod(x.shape[:axis]), n, -1)
-            x = sequential_vmap(functools.partial(on_materialized, functools.partial(_along, theta)))(
-                lines
-            ).reshape(x.shape)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gaussian_convolution(
+    x: Array,
+    spatial: tuple[int, ...],
+    bandwidths: tuple[float, ...],
+    cutoff: tuple[int, ...] | None = None,
+) -> Array:
+    """Filters `[*batch, *spatial, c]` with `exp(-½ Σ (Δ/θ)²)`, exact to the rounding of its type.
+
+    A cut-off leaves out what is farther away along some axis, in pixels.
+    """
+    for a, (n, theta) in enumerate(zip(spatial, bandwidths, strict=True)):
+        # In float64 terms beyond 8.2 bandwidths are lost in rounding, as those beyond 5.2 are in float32.
+        reach = math.ceil(theta * (5.2 if jnp.finfo(x.dtype).bits <= 32 else 8.2))
+        reach = min(reach, n - 1 if cutoff is None else cutoff[a], n - 1)
+        if reach > 0:
+            lines = x.reshape(math.prod(x.shape[: x.ndim - 1 - len(spatial) + a]), n, -1)
+            along = functools.partial(on_materialized, functools.partial(_along, theta, reach))
+            x = sequential_vmap(along)(lines).reshape(x.shape)
     return x
 
 
-def _forward(x: Array, spatial: tuple[int, ...], bandwidths: tuple[float, ...]) -> tuple[Array, None]:
-    return gaussian_convolution(x, spatial, bandwidths), None
+def _forward(x: Array, *geometry: Any) -> tuple[Array, None]:
+    return gaussian_convolution(x, *geometry), None
 
 
-def _backward(
-    spatial: tuple[int, ...], bandwidths: tuple[float, ...], _: None, cotangent: Array
-) -> tuple[Array]:
-    return (gaussian_convolution(cotangent, spatial, bandwidths),)
+def _backward(spatial: Any, bandwidths: Any, cutoff: Any, _: None, cotangent: Array) -> tuple[Array]:
+    return (gaussian_convolution(cotangent, spatial, bandwidths, cutoff),)
 
 
 gaussian_convolution.defvjp(_forward, _backward)
 
 
-def _along(theta: float, x: Array) -> Array:
-    """Filters `[a, n, s]` along its middle axis."""
+def _along(theta: float, reach: int, x: Array) -> Array:
+    """Filters `[a, n, s]` along its middle axis, as far as `reach`."""
     count, n, step = x.shape
-    reach = math.ceil(theta * (5.2 if jnp.finfo(x.dtype).bits <= 32 else 8.2))
     if 2 * reach + 1 > MAX_TAPS or n <= 2 * reach:
-        return _banded(x, theta, min(reach, n - 1))
+        return _banded(x, theta, reach)
     # Both ends as small matrix products: padding instead would be recomputed for every tap.
-    rows, columns = np.arange(reach)[:, None], np.arange(2 * reach)[None, :]
-    end = np.where(np.abs(rows - columns) <= reach, np.exp(-0.5 * ((rows - columns) / theta) ** 2), 0)
+    end = _band(np.arange(reach), np.arange(2 * reach), theta, reach)
     lines = x.reshape(count, n * step)
     taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / theta) ** 2)
     inner = functools.reduce(
@@ -158,10 +164,8 @@ def _banded(x: Array, theta: float, reach: int) -> Array:
     count, n, step = x.shape
     block = max(2 * reach, 64)
     if n <= block + 2 * reach:
-        rows, columns = np.arange(n)[:, None], np.arange(n)[None, :]
-        return _multiply(np.exp(-0.5 * ((rows - columns) / theta) ** 2), x)
-    rows, columns = np.arange(block)[:, None], np.arange(block + 2 * reach)[None, :] - reach
-    band = np.exp(-0.5 * ((rows - columns) / theta) ** 2) * (np.abs(rows - columns) <= reach)
+        return _multiply(_band(np.arange(n), np.arange(n), theta, reach), x)
+    band = _band(np.arange(block), np.arange(block + 2 * reach) - reach, theta, reach)
     blocks = math.ceil(n / block)
     padded = jnp.pad(x, ((0, 0), (reach, reach + blocks * block - n), (0, 0)))
 
@@ -170,6 +174,11 @@ def _banded(x: Array, theta: float, reach: int) -> Array:
 
     found = lax.map(one_block, jnp.arange(blocks, dtype=jnp.int32) * block)
     return jnp.moveaxis(found, 0, 1).reshape(count, blocks * block, step)[:, :n]
+
+
+def _band(rows: np.ndarray, columns: np.ndarray, theta: float, reach: int) -> np.ndarray:
+    distance = rows[:, None] - columns[None, :]
+    return np.where(np.abs(distance) <= reach, np.exp(-0.5 * (distance / theta) ** 2), 0)
 
 
 def _multiply(matrix: np.ndarray, x: Array) -> Array:
