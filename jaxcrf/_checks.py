@@ -9,6 +9,7 @@ axes (`height width`, or `depth height width`); `labels` the labels of a pixel; 
 of a kernel; `kernels` the kernels that one filter merges; `channels` the channels of an image.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -117,6 +118,29 @@ def check_finite(name: str, x: jax.Array) -> None:
         finite = bool(_survey(x)[0])
     if not finite:
         raise ValueError(f"{name}: holds NaN or infinite values; replace them, e.g. with numpy.nan_to_num")
+
+
+def check_memory(needed: int, what: str, remedy: str) -> None:
+    """Raises if the default device, or for CPUs the machine, has less memory than is needed in any case.
+
+    Args:
+        needed: bytes, a lower bound.
+        what: what needs it, to begin the message with.
+        remedy: what to do, to end it with.
+    """
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        try:
+            available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):  # not on this operating system
+            return
+    else:
+        available = (device.memory_stats() or {}).get("bytes_limit", 0)
+    if 0 < available < needed:
+        raise MemoryError(
+            f"{what} needs at least {needed / 2**30:.1f} GiB; {device.platform} memory is "
+            f"{available / 2**30:.1f} GiB. {remedy}"
+        )
 
 
 def check_probs(name: str, probs: jax.Array) -> None:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import math
 import operator
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +16,25 @@ from jaxtyping import Float, Int, Shaped
 from jaxcrf import _checks, presets
 from jaxcrf._checks import Normalization
 from jaxcrf.features import bilateral_features, position_features
-from jaxcrf.filters import Filter, Window
+from jaxcrf.filters import Filter, Window, fully_connected, select_filter
+from jaxcrf.filters.selection import Kind
 from jaxcrf.inference.mean_field import MeanFieldResult, mean_field
 from jaxcrf.presets import Preset
 from jaxcrf.unary import unary_from_labels, unary_from_probs
 
 # The filters that each method can run on.
-METHODS: dict[str, tuple[str, ...]] = {"convcrf": ("window",)}
+METHODS: dict[str, tuple[str, ...]] = {"convcrf": ("window",), "densecrf": get_args(Kind)}
 
 DEFAULT_PRESET = presets.get("convcrf")
 
 _PARAMETERS = tuple(field.name for field in dataclasses.fields(Preset) if field.name != "summary")
+
+# What only the window filter has.
+_WINDOW_PARAMETERS = ("filter_size", "blur")
+
+# Maps of the unary's size that exist at a time: the unary, the iterate, a kernel's message before and after it is
+# scaled, and the scores.
+_MAPS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +44,13 @@ class RefineConfig:
     Attributes:
         preset: kernels, weights and iterations.
         spatial_ndim: 2 for images, 3 for volumes.
+        filter: "window" for ConvCRF; one of the fully connected filters, or "auto" for what
+            `filters.select_filter` says, for the dense CRF.
     """
 
     preset: Preset = DEFAULT_PRESET
     spatial_ndim: int = 2
+    filter: str = "window"
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -55,7 +67,9 @@ def refine_logits(
         config: what is static; every distinct one compiles anew.
 
     Returns:
-        `MeanFieldResult(probs, logits, stats)`. Values are not checked: NaN in is NaN out.
+        `MeanFieldResult(probs, logits, stats)`. Values are not checked: NaN in is NaN out. The lattice is
+        given `filters.lattice.default_capacity`, and an image that needs more is NaN; build the filter
+        outside `jit` where that happens, or with a capacity of your own.
 
     Raises:
         ValueError: if shapes disagree.
@@ -66,13 +80,12 @@ def refine_logits(
         >>> jaxcrf.refine_logits(image, logits).probs.shape
         (8, 8, 2)
     """
+    return _infer(_build_filter(image, config), logits, config)
+
+
+def _infer(k: Filter, logits: Array, config: RefineConfig) -> MeanFieldResult:
     preset = config.preset
-    return mean_field(
-        logits,
-        _build_filter(image, config),
-        num_iterations=preset.num_iterations,
-        unary_weight=preset.unary_weight,
-    )
+    return mean_field(logits, k, num_iterations=preset.num_iterations, unary_weight=preset.unary_weight)
 
 
 def _build_filter(image: Array, config: RefineConfig) -> Filter:
@@ -95,31 +108,28 @@ def _build_filter(image: Array, config: RefineConfig) -> Filter:
         weights.append(preset.bilateral_weight)
     if not features:
         raise ValueError("position_weight, bilateral_weight: both are 0; at least one kernel must be left")
-    k = Window(
-        tuple(features),
-        preset.filter_size,
-        weights=jnp.asarray(weights, jnp.float32),
-        blur=preset.blur,
-        spatial_ndim=config.spatial_ndim,
-    )
+    common: Any = {"weights": jnp.asarray(weights, jnp.float32), "spatial_ndim": config.spatial_ndim}
+    if config.filter == "window":
+        k: Filter = Window(tuple(features), preset.filter_size, blur=preset.blur, **common)
+    else:
+        k = fully_connected(tuple(features), kind=cast(Kind, config.filter), **common)
     return k.normalized(preset.normalization)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_labels", "ignore_label"))
 def _refine_labels(
-    image: Array, labels: Array, config: RefineConfig, num_labels: int, ignore_label: int | None
+    image: Array | Filter, labels: Array, config: RefineConfig, num_labels: int, ignore_label: int | None
 ) -> Array:
-    return refine_logits(
-        image, unary_from_labels(labels, num_labels, ignore_label=ignore_label), config
-    ).probs
+    unary = unary_from_labels(labels, num_labels, ignore_label=ignore_label)
+    return _refine_scores(image, unary, config)
 
 
-def _refine_probs(image: Array, probs: Array, config: RefineConfig) -> Array:
-    return refine_logits(image, unary_from_probs(probs), config).probs.astype(jnp.float32)
+def _refine_probs(image: Array | Filter, probs: Array, config: RefineConfig) -> Array:
+    return _refine_scores(image, unary_from_probs(probs), config)
 
 
-def _refine_scores(image: Array, logits: Array, config: RefineConfig) -> Array:
-    return refine_logits(image, logits, config).probs.astype(jnp.float32)
+def _refine_scores(image: Array | Filter, logits: Array, config: RefineConfig) -> Array:
+    k = image if isinstance(image, Filter) else _build_filter(image, config)
+    return _infer(k, logits, config).probs.astype(jnp.float32)
 
 
 def refine(
@@ -129,7 +139,7 @@ def refine(
     logits: Float[Any, "*batch_and_spatial labels"] | None = None,
     labels: Int[Any, " *batch_and_spatial"] | None = None,
     num_labels: int | None = None,
-    method: Literal["convcrf"] = "convcrf",
+    method: Literal["convcrf", "densecrf"] = "convcrf",
     preset: str | Preset | None = None,
     num_iterations: int | None = None,
     filter: str = "auto",
@@ -150,10 +160,11 @@ def refine(
         logits: unnormalised log-probabilities, likewise.
         labels: a label map `[*batch, *spatial]` of integers; needs `num_labels`.
         num_labels: `L`, for `labels` only.
-        method: "convcrf", Gaussian kernels inside a window.
+        method: "convcrf", Gaussian kernels inside a window; or "densecrf", between all pairs of pixels.
         preset: a name from `jaxcrf.presets.names()` or a `Preset`; None is the method's default.
         num_iterations: mean-field iterations, instead of the preset's.
-        filter: "auto", or "window".
+        filter: "auto"; "window" for "convcrf"; "dense" (exact), "lattice" or "landmark" for "densecrf", where
+            "auto" is what `filters.select_filter` says of the image's size and the device.
         normalization: "none", "before", "after" or "symmetric", instead of the preset's.
         ignore_label: pixels of this label in `labels` are filled in from their neighbours; None for no
             such label.
@@ -167,7 +178,9 @@ def refine(
     Raises:
         TypeError: on an unknown parameter, or unless exactly one of probs, logits and labels is given.
         ValueError: on arrays that do not fit each other, values that are not what the argument says (NaN,
-            negative or unnormalised probabilities, labels out of range), or options out of range.
+            negative or unnormalised probabilities, labels out of range), or options out of range; also if
+            bandwidths are so small that no pixel has a neighbour (fully connected filters).
+        MemoryError: if the machine has less memory than the maps of all labels need.
 
     Warns:
         UserWarning: if a floating-point image has no value above 1, and so probably is not in 0 to 255.
@@ -184,7 +197,8 @@ def refine(
         True
 
     References:
-        Teichmann and Cipolla, *Convolutional CRFs for Semantic Segmentation*, 2018.
+        Teichmann and Cipolla, *Convolutional CRFs for Semantic Segmentation*, 2018; Krähenbühl and Koltun,
+        *Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials*, 2011.
     """
     config = _config(method, preset, filter, spatial_ndim, num_iterations, normalization, parameters)
     given = [
@@ -215,7 +229,9 @@ def refine(
         ignored = None if ignore_label is None else operator.index(ignore_label)
         array = _checks.check_labels(name, labels, count, ignored)
         _checks.check_not_empty(name, array)
-        return _refine_labels(image, array, config, count, ignored)
+        _check_memory(leading, count, config)
+        source = _filter_or_image(image, config)
+        return _jitted(_refine_labels, False)(source, array, config, count, ignored)
 
     owned = isinstance(unary, (np.ndarray, list, tuple))  # anything else may hand out its own buffer
     array = jnp.asarray(unary)
@@ -231,13 +247,33 @@ def refine(
     if array.shape[-1] == 1:
         return jnp.ones(array.shape, jnp.float32)
     core = _refine_probs if probs is not None else _refine_scores
+    _check_memory(leading, array.shape[-1], config)
+    source = _filter_or_image(image, config)
     # A copy of ours on the device may be overwritten, which saves large images one map of memory.
-    return _jitted(core, owned and array.dtype == jnp.float32)(image, array, config)
+    return _jitted(core, owned and array.dtype == jnp.float32)(source, array, config)
 
 
 @functools.cache
 def _jitted(core: Any, donate: bool) -> Any:
-    return jax.jit(core, static_argnames="config", donate_argnums=(1,) if donate else ())
+    static = ("config", "num_labels", "ignore_label") if core is _refine_labels else "config"
+    return jax.jit(core, static_argnames=static, donate_argnums=(1,) if donate else ())
+
+
+def _filter_or_image(image: Array, config: RefineConfig) -> Array | Filter:
+    """The filter, where it must be built before anything is compiled: a lattice's size depends on the image."""
+    if config.filter == "window":
+        return image
+    spatial = image.shape[-1 - config.spatial_ndim : -1]
+    kind = select_filter(math.prod(spatial)) if config.filter == "auto" else config.filter
+    return _build_filter(image, config) if kind == "lattice" else image
+
+
+def _check_memory(leading: tuple[int, ...], num_labels: int, config: RefineConfig) -> None:
+    _checks.check_memory(
+        4 * _MAPS * math.prod(leading) * num_labels,
+        f"refining {' x '.join(map(str, leading))} pixels with {num_labels} labels",
+        "Refine a crop at a time, fewer labels at a time, or a smaller batch.",
+    )
 
 
 def _config(
@@ -263,15 +299,38 @@ def _config(
         raise TypeError(
             f"refine got unknown parameters {', '.join(unknown)}; preset fields are {', '.join(_PARAMETERS)}"
         )
+    misplaced = [name for name in _WINDOW_PARAMETERS if name in parameters and method != "convcrf"]
+    if misplaced:
+        raise TypeError(
+            f"{', '.join(misplaced)}: belongs to method 'convcrf'; method {method!r} has no window"
+        )
     changes = dict(parameters)
     if num_iterations is not None:
         changes["num_iterations"] = num_iterations
     if normalization is not None:
         changes["normalization"] = normalization
-    return RefineConfig(
+    config = RefineConfig(
         preset=dataclasses.replace(base, **changes),
         spatial_ndim=spatial_ndim,
+        filter="window" if method == "convcrf" else filter,
     )
+    if method == "densecrf":
+        _check_reach(config.preset)
+    return config
+
+
+def _check_reach(preset: Preset) -> None:
+    """Raises if a kernel's value between neighbours is lost beside the pixel's own."""
+    for kernel, name in (("position", "position_bandwidth"), ("bilateral", "bilateral_position_bandwidth")):
+        value = getattr(preset, name)
+        if value is None or not getattr(preset, f"{kernel}_weight"):
+            continue
+        largest = max(value) if isinstance(value, tuple) else value
+        if math.exp(-0.5 / largest**2) < np.finfo(np.float32).eps:
+            raise ValueError(
+                f"{name}: got {value}, at which no pixel sees another; raise it (0.18 pixels is the least), or "
+                f"switch the kernel off with {kernel}_weight=0"
+            )
 
 
 def _check_image(image: Any, leading: tuple[int, ...], name: str) -> Array:

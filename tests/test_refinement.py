@@ -10,7 +10,8 @@ import pytest
 
 import jaxcrf
 from jaxcrf import presets
-from jaxcrf.filters import Window
+from jaxcrf.filters import Dense, Landmark, Lattice, Window, select_filter
+from jaxcrf.refinement import RefineConfig
 
 
 def example(height=24, width=30, seed=0):
@@ -43,6 +44,78 @@ def test_noise_goes_and_edges_stay(preset):
     np.testing.assert_allclose(refined.sum(-1), 1, atol=1e-5)
     accuracy = (np.asarray(refined).argmax(-1) == TRUTH).mean()
     assert accuracy > 0.95 > (NOISY == TRUTH).mean() + 0.05
+
+
+@pytest.mark.parametrize("filter", ["auto", "dense", "lattice", "landmark"])
+def test_the_fully_connected_crf_removes_noise_too(filter):
+    refined = np.asarray(jaxcrf.refine(IMAGE, PROBS, method="densecrf", filter=filter))
+    np.testing.assert_allclose(refined.sum(-1), 1, atol=1e-5)
+    assert (refined.argmax(-1) == TRUTH).mean() > 0.95
+
+
+def test_the_fully_connected_crf_is_mean_field_over_the_filter_of_its_preset():
+    p = presets.get("densecrf")
+    features = (jaxcrf.position_features(TRUTH.shape, 3.0), jaxcrf.bilateral_features(IMAGE, 80.0, 13.0))
+    assert (p.position_weight, p.bilateral_weight, p.num_iterations) == (3.0, 10.0, 5)
+    for name, make in (("dense", Dense), ("lattice", Lattice), ("landmark", Landmark)):
+        K = make(features, weights=(3.0, 10.0)).normalized("symmetric")
+        expected = jaxcrf.mean_field(jnp.log(PROBS), K, num_iterations=5).probs
+        found = jaxcrf.refine(IMAGE, PROBS, method="densecrf", filter=name)
+        np.testing.assert_allclose(found, expected, atol=ROUNDING)
+        # The core, in which a lattice has a static size, says the same.
+        config = RefineConfig(preset=p, filter=name)
+        np.testing.assert_allclose(
+            jaxcrf.refine_logits(IMAGE, jnp.log(PROBS), config).probs, expected, atol=ROUNDING
+        )
+
+
+def test_auto_is_what_select_filter_says():
+    assert select_filter(TRUTH.size, "cpu") == "dense"
+    expected = jaxcrf.refine(IMAGE, PROBS, method="densecrf", filter=select_filter(TRUTH.size))
+    np.testing.assert_array_equal(jaxcrf.refine(IMAGE, PROBS, method="densecrf"), expected)
+
+
+@pytest.mark.parametrize("filter", ["dense", "lattice", "landmark"])
+def test_an_image_of_one_colour_is_smoothed_by_position_alone(filter):
+    flat = np.full_like(IMAGE, 130)
+    refined = np.asarray(jaxcrf.refine(flat, PROBS, method="densecrf", filter=filter))
+    assert np.isfinite(refined).all()
+    votes = PROBS.sum((0, 1))
+    assert (refined.argmax(-1) == votes.argmax()).all()
+
+
+@pytest.mark.parametrize("filter", ["dense", "lattice", "landmark"])
+def test_the_fully_connected_crf_takes_volumes_and_any_channels(filter):
+    volume = np.concatenate([np.stack([IMAGE] * 3)] * 2, -1)
+    refined = jaxcrf.refine(
+        volume,
+        labels=np.stack([NOISY] * 3),
+        num_labels=2,
+        method="densecrf",
+        filter=filter,
+        spatial_ndim=3,
+        position_bandwidth=(1.0, 3.0, 3.0),
+        bilateral_position_bandwidth=(10.0, 30.0, 30.0),
+    )
+    assert refined.shape == (3, *TRUTH.shape, 2)
+    assert (np.asarray(refined).argmax(-1) == TRUTH).mean() > 0.95
+
+
+def test_bandwidths_without_neighbours_are_refused():
+    for name in ("position_bandwidth", "bilateral_position_bandwidth"):
+        with pytest.raises(ValueError, match=f"{name}: got 0.1, at which no pixel sees another"):
+            jaxcrf.refine(IMAGE, PROBS, method="densecrf", **{name: 0.1})
+    apart = (0.1, 3.0)  # columns that do not see each other still see along themselves
+    assert jaxcrf.refine(IMAGE, PROBS, method="densecrf", position_bandwidth=apart).shape == PROBS.shape
+
+
+def test_too_many_labels_for_the_memory_are_refused_before_it_is_filled():
+    labels = np.zeros((2000, 2000), np.int32)
+    image = np.zeros((2000, 2000, 3), np.uint8)
+    with pytest.raises(
+        MemoryError, match=r"2000 x 2000 pixels with 1000000 labels needs at least \d+\.\d GiB"
+    ):
+        jaxcrf.refine(image, labels=labels, num_labels=1_000_000, method="densecrf")
 
 
 def test_probs_logits_and_labels_are_three_ways_to_say_the_same():

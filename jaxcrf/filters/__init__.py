@@ -8,6 +8,9 @@ from jaxcrf.filters.base import Diagonal as Diagonal
 from jaxcrf.filters.base import Filter as Filter
 from jaxcrf.filters.base import Sum as Sum
 from jaxcrf.filters.dense import Dense as Dense
+from jaxcrf.filters.landmark import Landmark as Landmark
 from jaxcrf.filters.lattice import Lattice as Lattice
+from jaxcrf.filters.selection import fully_connected as fully_connected
+from jaxcrf.filters.selection import select_filter as select_filter
 from jaxcrf.filters.separable import Separable as Separable
 from jaxcrf.filters.window import Window as Window
