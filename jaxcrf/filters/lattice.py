@@ -259,12 +259,13 @@ def _build(
     survey = _survey(lax.stop_gradient(cell), rank)
     if concrete:
         with jax.ensure_compile_time_eval():
-            if not bool(jnp.all(survey.numbered)):
+            numbered, touched = jax.device_get((survey.numbered, survey.touched))
+            if not numbered.all():
                 raise ValueError(
                     "features: they span more lattice cells than 62 bits can number; divide by larger "
                     "bandwidths, leave features out, or use jaxcrf.filters.Dense"
                 )
-            most = int(jnp.max(survey.touched))
+            most = int(touched.max())
         if capacity is None:
             capacity = _roomy(most)
         elif most > capacity:
@@ -353,7 +354,8 @@ def _locate(position: Array) -> tuple[Array, Array]:
         ]
         ranks.append(functools.reduce(jnp.add, [x.astype(jnp.int32) for x in larger]))
     # Rounding may leave the plane; the coordinates with the largest remainders bring the cell back.
-    rank = jnp.stack(ranks, axis=1) + jnp.sum(cell, axis=1, keepdims=True).astype(jnp.int32)
+    excess = functools.reduce(jnp.add, [cell[:, j] for j in range(d + 1)]).astype(jnp.int32)
+    rank = jnp.stack(ranks, axis=1) + excess[:, None]
     shift = (rank < 0).astype(jnp.int32) - (rank > d).astype(jnp.int32)
     return cell + shift.astype(position.dtype), rank + (d + 1) * shift
 
@@ -402,18 +404,19 @@ def _survey_one(cell: Array, rank: Array) -> _Survey:
     offset = (cell[:d] - low[:, None]).astype(jnp.int32)
     key = functools.reduce(jnp.add, [offset[j].astype(jnp.int64) * stride[j] for j in range(d)])
     pixel = jnp.arange(pixels, dtype=jnp.int64)
-    sorted_keys = []
-    for k in range(classes):
-        if k:  # the coordinate of rank d - k + 1 is one lower from class k on
-            key = key - functools.reduce(
-                jnp.add, [jnp.where(rank[j] == d - k + 1, stride[j], 0) for j in range(d)]
-            )
-        # One sort per class: shorter, and a CPU runs them side by side.
-        sorted_keys.append(lax.sort((key << bits) | pixel))
-    packed = jnp.stack(sorted_keys)
+    keys = [(key << bits) | pixel]
+    for k in range(1, classes):  # the coordinate of rank d - k + 1 is one lower from class k on
+        key = key - functools.reduce(
+            jnp.add, [jnp.where(rank[j] == d - k + 1, stride[j], 0) for j in range(d)]
+        )
+        keys.append((key << bits) | pixel)
+    # One sort per class: shorter, and a CPU runs them side by side, if all of them may begin at once.
+    packed = on_materialized(
+        lambda _, keys: jnp.stack([lax.sort(row) for row in keys]), cell[0], jnp.stack(keys)
+    )
     key = packed >> bits
     first = jnp.concatenate([jnp.ones((classes, 1), bool), key[:, 1:] != key[:, :-1]], axis=1)
-    index = _running_sum(first.reshape(-1).astype(jnp.int32)) - 1
+    index = _running_sum(first.reshape(-1)) - 1
     return _Survey(
         pixel=(packed & ((1 << bits) - 1)).astype(jnp.int32),
         vertex=index.reshape(classes, pixels),
@@ -424,17 +427,29 @@ def _survey_one(cell: Array, rank: Array) -> _Survey:
     )
 
 
-def _running_sum(x: Array) -> Array:
-    """`cumsum` of a long vector, in columns of 512: twice as fast on a CPU."""
-    width = 512
-    rows = -(-len(x) // width)
-    columns = jnp.pad(x, (0, rows * width - len(x))).reshape(rows, width).T
+def _running_sum(flags: Array) -> Array:
+    """`cumsum` of a long vector of zeros and ones, int32.
 
-    def add(total: Array, column: Array) -> tuple[Array, Array]:
-        return total + column, total + column
+    In rows, each by a product with a triangle of ones: three times as fast as `cumsum` on a CPU. Sums of two
+    levels of 128 are exact in float32, and the rest is added as whole numbers.
+    """
+    width = 128
+    triangle = jnp.asarray(np.triu(np.ones((width, width), np.float32)))
 
-    totals, sums = lax.scan(add, jnp.zeros_like(columns[0]), columns)
-    return (sums.T + (jnp.cumsum(totals) - totals)[:, None]).reshape(-1)[: len(x)]
+    def in_rows(x: Array) -> Array:
+        rows = -(-len(x) // width)
+        return jnp.dot(
+            jnp.pad(x, (0, rows * width - len(x))).reshape(rows, width),
+            triangle,
+            precision=lax.Precision.HIGHEST,
+        )
+
+    sums = in_rows(flags.astype(jnp.float32))
+    of_rows = in_rows(sums[:, -1]).astype(jnp.int32)
+    of_groups = jnp.cumsum(of_rows[:, -1]) - of_rows[:, -1]
+    through = (of_rows + of_groups[:, None]).reshape(-1)[: len(sums)]
+    sums = sums.astype(jnp.int32)
+    return (sums + (through - sums[:, -1])[:, None]).reshape(-1)[: len(flags)]
 
 
 class _Tables(NamedTuple):
