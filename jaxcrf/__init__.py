@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxcrf import metrics as metrics
     from jaxcrf import plots as plots
     from jaxcrf import presets as presets
+    from jaxcrf import training as training
     from jaxcrf.features import Features as Features
     from jaxcrf.features import bilateral_features as bilateral_features
     from jaxcrf.features import position_features as position_features
@@ -39,7 +40,17 @@ if TYPE_CHECKING:
     from jaxcrf.unary import unary_from_labels as unary_from_labels
     from jaxcrf.unary import unary_from_probs as unary_from_probs
 
-_SUBMODULES = ("compat", "compatibility", "data", "filters", "inference", "metrics", "plots", "presets")
+_SUBMODULES = (
+    "compat",
+    "compatibility",
+    "data",
+    "filters",
+    "inference",
+    "metrics",
+    "plots",
+    "presets",
+    "training",
+)
 _HOMES = {
     "Features": "features",
     "InferenceResult": "inference.relaxation",

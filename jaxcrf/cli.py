@@ -1,4 +1,4 @@
-"""The command line: `jaxcrf refine`, `jaxcrf demo` and `jaxcrf info`.
+"""The command line: `jaxcrf refine`, `jaxcrf search`, `jaxcrf demo` and `jaxcrf info`.
 
 Results go to standard output, progress and complaints to standard error. Exit codes: 0 for success, 1 if
 some file could not be refined, 2 if the command line makes no sense, in which case nothing was written.
@@ -13,6 +13,9 @@ import typer
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from jaxcrf.presets import Preset
+    from jaxcrf.training import Trial
 
 app = typer.Typer(
     help="Conditional random fields for dense labelling.",
@@ -95,9 +98,20 @@ def refine(
             min=1, max=_MAX_LABELS, help="How many labels there are; default: the largest found, plus one."
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="Inference method.")] = "convcrf",
+    method: Annotated[
+        str, typer.Option(help="convcrf: kernels inside a window; densecrf: between all pairs of pixels.")
+    ] = "convcrf",
+    filter: Annotated[
+        str,
+        typer.Option(
+            help="How densecrf sums over pairs: dense (exact), lattice or landmark; auto: see `jaxcrf info`."
+        ),
+    ] = "auto",
     preset: Annotated[
-        str | None, typer.Option(help="Named parameters, listed by `jaxcrf info`; default: the method's own.")
+        str | None,
+        typer.Option(
+            help="Parameters: a name that `jaxcrf info` lists, or a .json file; default: the method's own."
+        ),
     ] = None,
     iterations: Annotated[
         int | None, typer.Option(min=1, help="Mean-field iterations; default: the preset's.")
@@ -139,13 +153,13 @@ def refine(
     _check_new(written, overwrite)
 
     # Whatever may yet be refused is, before anything is written: the folder of the cache included.
-    from jaxcrf import presets
     from jaxcrf.refinement import METHODS
 
     if method not in METHODS:
         _refuse(f"--method: got {method!r}; expected one of {', '.join(METHODS)}")
-    if preset is not None and preset not in presets.names():
-        _refuse(f"--preset: got {preset!r}; expected one of {', '.join(presets.names())}")
+    if filter != "auto" and filter not in METHODS[method]:
+        _refuse(f"--filter: got {filter!r}; --method {method} has auto, {', '.join(METHODS[method])}")
+    parameters = _read_preset(preset)
     if labels is not None and num_labels is None:
         files = [partner for partner in partners if isinstance(partner, Path)]
         num_labels = _count_labels(files, ignore_label, max_pixels)
@@ -164,7 +178,8 @@ def refine(
                 num_labels=None if labels is None else num_labels,
                 max_pixels=max_pixels,
                 method=method,
-                preset=preset,
+                filter=filter,
+                preset=parameters,
                 num_iterations=iterations,
                 ignore_label=ignore_label,
             )
@@ -224,12 +239,218 @@ def _refine_one(
 
 
 @app.command(no_args_is_help=True)
-def demo(out: _Out, overwrite: _Overwrite = False) -> None:
+def search(
+    images: Annotated[
+        Path, typer.Option(exists=True, help="Folder of held-out images, or one image.", show_default=False)
+    ],
+    probs: Annotated[
+        Path, typer.Option(exists=True, help="Their probabilities as .npy, \\[height, width, labels].")
+    ],
+    labels: Annotated[
+        Path,
+        typer.Option(exists=True, help="Their true labels, palette or grayscale files of the same stems."),
+    ],
+    out: Annotated[Path, typer.Option(help="File for the best parameters; ends in .json.")],
+    method: Annotated[str, typer.Option(help="Inference method: densecrf or convcrf.")] = "densecrf",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Parameters that are not searched: a name that `jaxcrf info` lists, or a .json file; default: "
+            "the method's own, with ten iterations for densecrf."
+        ),
+    ] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=VALUES",
+            help="A parameter to search and its values, as bilateral_weight=5:1:10 or blur=1,2,4; may be repeated. "
+            "Default, for densecrf: the grid of the DeepLab paper.",
+        ),
+    ] = None,
+    coarse: Annotated[
+        int, typer.Option(min=1, help="The first round tries every so many values; 1 tries all.")
+    ] = 3,
+    refinements: Annotated[
+        int, typer.Option(min=0, help="How often the steps are halved around the best in the end.")
+    ] = 1,
+    log: Annotated[
+        Path | None,
+        typer.Option(
+            help="Every finished candidate, one JSON object a line. A search that was interrupted goes on from "
+            "it; default: OUT with the suffix .jsonl."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use so many images, evenly spread over the folder.")
+    ] = None,
+    ignore_label: Annotated[int, typer.Option(help="True label of pixels that do not count.")] = 255,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Largest image and label map accepted; default: 89 million, against decompression bombs.",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists already.")] = False,
+) -> None:
+    """Find the parameters that segment held-out images best, by mean IoU.
+
+    Files are paired by their stems. The search is coarse to fine; its result is a file for `jaxcrf refine
+    --preset`. Interrupt it at will: the same command goes on where it was.
+    """
+    paths = _expand([images], "--images")
+    if limit is not None and limit < len(paths):
+        paths = [paths[i * len(paths) // limit] for i in range(limit)]
+    if out.suffix.lower() != ".json":
+        _refuse(f"--out: got {out}; expected a name that ends in .json, by which --preset will know the file")
+    if out.exists() and not overwrite:
+        _refuse(f"--out: {out} exists already; pass --overwrite, or choose another name")
+    log = out.with_suffix(".jsonl") if log is None else log
+    if log.resolve() == out.resolve():
+        _refuse(f"--log: {log} is the file for the best parameters; choose another name")
+    for option, source in (("--probs", probs), ("--labels", labels)):
+        if len(paths) > 1 and not source.is_dir():
+            _refuse(f"{option}: got the file {source} for {len(paths)} images; pass a folder")
+    files = []
+    for path in paths:
+        found = [path]
+        for source, is_probs in ((probs, True), (labels, False)):
+            partner = _partner(path, source, is_probs)
+            if isinstance(partner, ValueError):
+                _refuse(str(partner))
+            found.append(partner)
+        files.append(found)
+    base = _read_preset(preset)
+    space = dict(_read_values(text) for text in vary) if vary else None
+    if vary and space is not None and len(space) < len(vary):
+        _refuse("--vary: names the same field twice; pass all its values at once, as FIELD=a,b,c")
+    from jaxcrf.training.search import read_space
+
+    try:
+        read_space(method, base, space)  # type: ignore[arg-type]
+    except ValueError as error:
+        _refuse(
+            f"--{error}"
+            if str(error).startswith("method")
+            else f"--vary: {str(error).removeprefix('space: ')}"
+        )
+    for option, folder in (("--out", out.parent), ("--log", log.parent)):
+        reason = _make_writable(folder)
+        if reason:
+            _refuse(f"{option}: {folder} cannot be written to ({reason}); choose another folder")
+    _use_compilation_cache()
+
+    from rich.console import Console
+    from rich.table import Table
+
+    import jaxcrf
+    from jaxcrf.data import read_array, read_image, read_labels
+
+    def examples() -> "Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]":
+        for image, unary, truth in files:
+            yield (
+                read_image(image, max_pixels=max_pixels),
+                read_array(unary),
+                read_labels(truth, max_pixels=max_pixels),
+            )
+
+    recalled = 0
+
+    def count(trial: "Trial") -> None:
+        nonlocal recalled
+        recalled += trial.recalled
+
+    try:
+        result = jaxcrf.training.search(
+            examples,
+            method=method,  # type: ignore[arg-type]
+            preset=base,
+            space=space,
+            ignore_label=ignore_label,
+            coarse=coarse,
+            refinements=refinements,
+            log=log,
+            on_trial=count,
+        )
+        jaxcrf.presets.save(result.best, out)
+    # RuntimeError: XLA's, for instance when the memory of the device does not suffice.
+    except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
+        _complain(f"Error: {_name_files(_for_command_line(str(error) or type(error).__name__), files)}")
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        _complain(f"Interrupted; what was finished is in {log}, and the same command goes on from there")
+        raise typer.Exit(130) from None
+
+    console = Console(highlight=False)
+    table = Table("parameter", "best")
+    for name in result.trials[0].parameters:
+        edge = "  (at the end of its range)" if name in result.at_edge else ""
+        table.add_row(name, f"{getattr(result.best, name)}{edge}")
+    table.add_row("[bold]mean IoU[/]", f"[bold]{result.score:.2%}[/]  (unrefined {result.unrefined:.2%})")
+    console.print(table)
+    known = f", {recalled} of them known from {log}" if recalled else ""
+    print(f"{len(result.trials)} candidates on {len(files)} images{known}")
+    print(f"wrote {out}; use it with --method {method} --preset {out}")
+
+
+def _read_values(text: str) -> "tuple[str, list[Any]]":
+    """Reads `field=first:step:last` or `field=a,b,c`."""
+    from decimal import Decimal, InvalidOperation
+
+    name, separator, values = text.partition("=")
+    parts = [part.strip() for part in values.split(",")]
+
+    def number(part: str) -> Any:
+        try:
+            value = Decimal(part)
+        except InvalidOperation:
+            return None if part.lower() == "none" and name == "bilateral_position_bandwidth" else part
+        whole = value.is_finite() and value == value.to_integral_value()
+        return int(value) if whole else float(value)
+
+    if not separator or not all(parts):
+        _refuse(f"--vary: got {text!r}; expected FIELD=first:step:last or FIELD=a,b,c")
+    if ":" not in values:
+        return name, [number(part) for part in parts]
+    try:
+        first, step, last = (Decimal(part) for part in values.split(":"))
+        count = int((last - first) / step) + 1
+        # Also where a number is infinite or not a number, which does not compare.
+        if not (step > 0 and 0 < count <= 10_000):
+            raise ValueError
+    except (ArithmeticError, ValueError):
+        _refuse(f"--vary: got {text!r}; expected first:step:last with a step above 0, as in 5:0.5:10")
+    return name, [number(str(first + i * step)) for i in range(count)]
+
+
+def _name_files(message: str, files: Sequence[Sequence[Path]]) -> str:
+    """Puts the files' names where the library counts examples."""
+    start, _, rest = message.partition(": ")
+    word, _, number = start.partition(" ")
+    if word != "example" or not number.isdigit():
+        return message
+    image, probs, labels = files[int(number)]
+    for name, path in (("image", image), ("probs", probs), ("labels", labels)):
+        if rest.startswith(f"{name}: "):
+            return f"{path}: {rest.removeprefix(f'{name}: ')}"
+    return f"{image}: {rest}"
+
+
+@app.command(no_args_is_help=True)
+def demo(
+    out: _Out,
+    method: Annotated[str, typer.Option(help="convcrf or densecrf.")] = "convcrf",
+    overwrite: _Overwrite = False,
+) -> None:
     """Refine a coarse, noisy annotation of a photograph, measure it, and draw demo.png.
 
     The photograph ships with matplotlib. The reference is our own polygon annotation of it; the input is
     that annotation at an eighth of the resolution with a fifth of its cells replaced at random.
     """
+    from jaxcrf.refinement import METHODS
+
+    if method not in METHODS:
+        _refuse(f"--method: got {method!r}; expected one of {', '.join(METHODS)}")
     _prepare_folder(out, [out / "demo.png"], overwrite)
     cache = _use_compilation_cache()
     import time
@@ -253,7 +474,8 @@ def demo(out: _Out, overwrite: _Overwrite = False) -> None:
 
     def run() -> "tuple[np.ndarray, float]":
         start = time.perf_counter()
-        probs = jax.block_until_ready(jaxcrf.refine(image, labels=noisy, num_labels=num_labels))
+        options: dict[str, Any] = {"method": method}
+        probs = jax.block_until_ready(jaxcrf.refine(image, labels=noisy, num_labels=num_labels, **options))
         return probs.argmax(-1), time.perf_counter() - start
 
     _, first = run()
@@ -316,6 +538,8 @@ def info() -> None:
 
     import jaxcrf_kernels
     from jaxcrf import presets
+    from jaxcrf.filters import select_filter
+    from jaxcrf.filters.selection import EXACT_PIXELS
 
     console = Console()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -331,6 +555,8 @@ def info() -> None:
         if module.ispkg:
             operation = importlib.import_module(f"jaxcrf_kernels.{module.name}")
             table.add_row(module.name, operation.select_implementation())
+    exact = EXACT_PIXELS["cpu" if jax.default_backend() == "cpu" else "accelerator"]
+    table.add_row("densecrf --filter auto", f"dense up to {exact} pixels, {select_filter(exact + 1)} beyond")
     table.add_row("compilation cache", Text(str(cache) if cache else "off (the folder cannot be written to)"))
     console.print(table)
     console.print()
@@ -356,12 +582,24 @@ def _complain(*lines: str) -> None:
         typer.echo(line, err=True)
 
 
+def _read_preset(name: str | None) -> "Preset | str | None":
+    """A preset by name or from a file, which is read here and now; names are handed on."""
+    from jaxcrf import presets
+
+    if name is None or name in presets.names():
+        return name
+    try:
+        return presets.get(name)
+    except ValueError as error:
+        _refuse(f"--preset: {str(error).removeprefix('preset: ')}")
+
+
 def _refuse(message: str) -> NoReturn:
     _complain(f"Error: {message}")
     raise typer.Exit(2)
 
 
-def _expand(inputs: Sequence[Path]) -> list[Path]:
+def _expand(inputs: Sequence[Path], name: str = "IMAGE") -> list[Path]:
     """The images named, those of folders in the order of their names, each file once."""
     found: dict[Path, Path] = {}
     for path in inputs:
@@ -373,7 +611,7 @@ def _expand(inputs: Sequence[Path]) -> list[Path]:
                 if file.suffix.lower() in _IMAGE_SUFFIXES and file.is_file() and not file.name.startswith(".")
             )
             if not files:
-                _refuse(f"IMAGE: the folder {path} holds no images ({', '.join(_IMAGE_SUFFIXES)})")
+                _refuse(f"{name}: the folder {path} holds no images ({', '.join(_IMAGE_SUFFIXES)})")
         for file in files:
             found.setdefault(file.resolve(), file)
     return list(found.values())

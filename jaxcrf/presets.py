@@ -1,9 +1,13 @@
-"""Named parameters of a two-kernel CRF: those of the papers and those that published scripts use."""
+"""Parameters of a two-kernel CRF: by name, those of the papers and of published scripts, or from a file."""
 
 import dataclasses
+import difflib
+import json
 import math
 import operator
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxcrf._checks import Normalization, check_normalization
@@ -61,7 +65,7 @@ class Preset:
                 continue
             several = isinstance(value, Sequence) or getattr(value, "ndim", 0) > 0
             numbers = tuple(self._number(name, v) for v in (value if several else (value,)))
-            if any(not v > 0 for v in numbers):
+            if not numbers or any(not v > 0 for v in numbers):
                 raise ValueError(f"{name}: got {value}; a bandwidth must be greater than 0")
             self._set(name, numbers if several else numbers[0])
         check_normalization(self.normalization)
@@ -71,7 +75,7 @@ class Preset:
         sizes = tuple(
             self._whole("filter_size", k, 1) for k in (size if isinstance(size, Sequence) else (size,))
         )
-        if any(k % 2 == 0 for k in sizes):
+        if not sizes or any(k % 2 == 0 for k in sizes):
             raise ValueError(f"filter_size: got {size}; expected an odd number (a window has a centre)")
         self._set("filter_size", sizes if isinstance(size, Sequence) else sizes[0])
 
@@ -82,7 +86,7 @@ class Preset:
     def _number(name: str, value: Any) -> float:
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             raise ValueError(f"{name}: got {value!r}; expected a finite number")
@@ -167,26 +171,117 @@ def names() -> tuple[str, ...]:
     return tuple(_PRESETS)
 
 
-def get(name: str) -> Preset:
-    """The preset of that name.
+def get(name: str | os.PathLike) -> Preset:
+    """The preset of that name, or the one in that file.
 
     Args:
-        name: one of `names()`.
+        name: one of `names()`; or the path of a preset file, as a `Path` or as a string that ends in `.json`.
 
     Returns:
         The preset; vary it with `dataclasses.replace`.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: if there is none of that name, or the file cannot be read; see `load`.
 
     Example:
         >>> get("densecrf").bilateral_color_bandwidth
         13.0
     """
+    if isinstance(name, os.PathLike) or (isinstance(name, str) and name.lower().endswith(".json")):
+        return load(name)
     if not isinstance(name, str) or name not in _PRESETS:
-        import difflib
-
-        close = difflib.get_close_matches(str(name), _PRESETS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"preset: got {name!r}; expected one of {', '.join(_PRESETS)}{hint}")
+        expected = f"one of {', '.join(_PRESETS)}, or the path of a .json file"
+        raise ValueError(f"preset: got {name!r}; expected {expected}{_nearest(str(name), _PRESETS)}")
     return _PRESETS[name]
+
+
+def load(path: str | os.PathLike) -> Preset:
+    """Reads a preset from a file.
+
+    The file holds one JSON object with fields of `Preset`: numbers, lists of numbers where there is one per
+    axis, and `null` for a `bilateral_position_bandwidth` that leaves positions out. Fields that it does not
+    name are those of `Preset()`.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The preset.
+
+    Raises:
+        ValueError: if there is no such file, or it holds anything else; the message names the file, the field
+            and what was expected.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "mine.json")
+        >>> _ = path.write_text('{"bilateral_weight": 7, "num_iterations": 10}')
+        >>> preset = load(path)
+        >>> preset.bilateral_weight, preset.num_iterations, preset.position_weight
+        (7.0, 10, 3.0)
+    """
+    path = Path(path)
+    try:
+        fields = json.loads(path.read_bytes(), object_pairs_hook=_once_each)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a preset file") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not a preset file ({error}); expected one JSON object") from error
+    if not isinstance(fields, dict):
+        raise ValueError(
+            f"{path}: holds a JSON {type(fields).__name__}; expected one object with the fields of a preset"
+        )
+    known = [field.name for field in dataclasses.fields(Preset)]
+    for name, value in fields.items():
+        if name not in known:
+            raise ValueError(
+                f"{path}: {name}: is no field of a preset; expected {', '.join(known)}{_nearest(name, known)}"
+            )
+        if name == "summary":
+            if not isinstance(value, str):
+                raise ValueError(f"{path}: summary: got {value!r}; expected a string")
+        # Preset reads numbers from strings and booleans, which in a file are mistakes.
+        elif name != "normalization":
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, (str, bool)):
+                    raise ValueError(f"{path}: {name}: got {number!r}; expected a number")
+    try:
+        return Preset(**fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def save(preset: Preset, path: str | os.PathLike) -> None:
+    """Writes a preset as a file that `load`, `refine` and the command line read.
+
+    Args:
+        preset: the parameters.
+        path: the file, whose name should end in `.json`; one that exists is replaced in one step.
+
+    Raises:
+        OSError: if the folder does not exist or cannot be written to.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "mine.json")
+        >>> save(Preset(bilateral_weight=7.0), path)
+        >>> load(path) == Preset(bilateral_weight=7.0)
+        True
+    """
+    from jaxcrf.data.images import replacing
+
+    with replacing(path) as file:
+        file.write((json.dumps(dataclasses.asdict(preset), indent=2) + "\n").encode())
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name}: is given more than once")
+    return dict(pairs)
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import operator
+import os
 import warnings
 from typing import Any, Literal, cast, get_args
 
@@ -140,7 +141,7 @@ def refine(
     labels: Int[Any, " *batch_and_spatial"] | None = None,
     num_labels: int | None = None,
     method: Literal["convcrf", "densecrf"] = "convcrf",
-    preset: str | Preset | None = None,
+    preset: str | os.PathLike | Preset | None = None,
     num_iterations: int | None = None,
     filter: str = "auto",
     normalization: Normalization | None = None,
@@ -161,7 +162,8 @@ def refine(
         labels: a label map `[*batch, *spatial]` of integers; needs `num_labels`.
         num_labels: `L`, for `labels` only.
         method: "convcrf", Gaussian kernels inside a window; or "densecrf", between all pairs of pixels.
-        preset: a name from `jaxcrf.presets.names()` or a `Preset`; None is the method's default.
+        preset: a name from `jaxcrf.presets.names()`, a preset file (a `Path`, or a string that ends in
+            `.json`) or a `Preset`; None is the method's default.
         num_iterations: mean-field iterations, instead of the preset's.
         filter: "auto"; "window" for "convcrf"; "dense" (exact), "lattice" or "landmark" for "densecrf", where
             "auto" is what `filters.select_filter` says of the image's size and the device.
@@ -278,7 +280,7 @@ def _check_memory(leading: tuple[int, ...], num_labels: int, config: RefineConfi
 
 def _config(
     method: str,
-    preset: str | Preset | None,
+    preset: str | os.PathLike | Preset | None,
     filter: str,
     spatial_ndim: int,
     num_iterations: int | None,

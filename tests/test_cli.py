@@ -81,6 +81,25 @@ def test_a_folder_with_probs(folder):
     np.testing.assert_array_equal(data.read_labels(out / "b.png"), refined.argmax(-1))
 
 
+@pytest.mark.parametrize("filter", ["auto", "lattice"])
+def test_the_fully_connected_crf(folder, filter):
+    out = folder / "out"
+    image, probs = folder / "images/a.png", folder / "probs/a.npy"
+    options = ("--method", "densecrf", "--filter", filter, "--save-probs")
+    result = run("refine", image, "--probs", probs, "--out", out, *options)
+    assert result.exit_code == 0, result.output
+    expected = jaxcrf.refine(data.read_image(image), data.read_array(probs), method="densecrf", filter=filter)
+    np.testing.assert_allclose(data.read_array(out / "a_probs.npy"), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [("--filter", "lattice"), ("--method", "densecrf", "--filter", "window")])
+def test_filters_of_another_method_are_refused(folder, options):
+    result = run("refine", folder / "images", "--probs", folder / "probs", "--out", folder / "out", *options)
+    assert result.exit_code == 2
+    assert "--filter: got" in result.stderr
+    assert not (folder / "out").exists()
+
+
 def test_an_image_named_twice_is_refined_once(folder):
     result = run(
         "refine",
@@ -116,11 +135,13 @@ def test_options_reach_refine(folder, monkeypatch):
     arguments = ["refine", folder / "images/a.png", "--out", folder / "out", "--overwrite"]
     run(*arguments, "--probs", folder / "probs/a.npy")
     run(
-        *(*arguments, "--labels", folder / "labels/a.png", "--num-labels", 5, "--method", "convcrf"),
-        *("--preset", "densecrf_sharp", "--iterations", 3, "--ignore-label", 4),
+        *(*arguments, "--labels", folder / "labels/a.png", "--num-labels", 5, "--method", "densecrf"),
+        *("--filter", "dense", "--preset", "densecrf_sharp", "--iterations", 3, "--ignore-label", 4),
     )
-    defaults = {"method": "convcrf", "preset": None, "num_iterations": None, "ignore_label": 255}
-    given = {"method": "convcrf", "preset": "densecrf_sharp", "num_iterations": 3, "ignore_label": 4}
+    defaults = {"method": "convcrf", "filter": "auto", "preset": None}
+    defaults |= {"num_iterations": None, "ignore_label": 255}
+    given = {"method": "densecrf", "filter": "dense", "preset": "densecrf_sharp"}
+    given |= {"num_iterations": 3, "ignore_label": 4}
     assert calls == [{"probs": (*SHAPE, 2), **defaults}, {"labels": SHAPE, "num_labels": 5, **given}]
 
 
@@ -289,6 +310,10 @@ def test_usage_errors(folder):
     (folder / "nothing").mkdir()
     refuses(folder, "holds no images", folder / "nothing", "--labels", folder / "labels", "--out", out)
     refuses(folder, "--method: got 'magic'", image, "--labels", labels, "--out", out, "--method", "magic")
+    missing = folder / "missing.json"
+    refuses(
+        folder, "missing.json: cannot be read", image, "--labels", labels, "--out", out, "--preset", missing
+    )
     refuses(folder, "--preset: got 'magic'", image, "--labels", labels, "--out", out, "--preset", "magic")
     refuses(folder, "--iterations", image, "--labels", labels, "--out", out, "--iterations", 0)
 
@@ -350,6 +375,145 @@ def test_names_with_brackets_are_not_markup(folder):
     assert "[bold]out" in result.stdout
 
 
+def searched(folder, *options):
+    arguments = ("--images", folder / "images", "--probs", folder / "probs", "--labels", folder / "labels")
+    few = ("--vary", "bilateral_weight=1:2:5", "--vary", "bilateral_color_bandwidth=13")
+    defaults = ("--out", folder / "best.json", "--method", "convcrf", "--coarse", 1, "--refinements", 0, *few)
+    return run("search", *arguments, *defaults, *options)
+
+
+def test_search_finds_parameters_that_refine_takes(folder):
+    result = searched(folder)
+    assert result.exit_code == 0, result.output
+    assert "3 candidates on 3 images" in result.stdout
+    assert "known" not in result.stdout
+    best = jaxcrf.presets.load(folder / "best.json")
+    assert best.bilateral_weight in (1, 3, 5)
+    assert best.filter_size == jaxcrf.presets.get("convcrf").filter_size
+    assert len((folder / "best.jsonl").read_text().splitlines()) == 4
+    arguments = (
+        "refine",
+        folder / "images/a.png",
+        "--probs",
+        folder / "probs/a.npy",
+        "--out",
+        folder / "out",
+    )
+    result = run(*arguments, "--preset", folder / "best.json", "--save-probs")
+    assert result.exit_code == 0, result.output
+    image, probs = data.read_image(folder / "images/a.png"), data.read_array(folder / "probs/a.npy")
+    refined = data.read_array(folder / "out/a_probs.npy")
+    np.testing.assert_allclose(refined, jaxcrf.refine(image, probs, preset=best), atol=1e-6)
+
+
+def test_search_goes_on_from_its_log(folder):
+    log = folder / "mine.log"
+    assert searched(folder, "--log", log).exit_code == 0
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[:3]) + lines[3][:20])
+    best = (folder / "best.json").read_bytes()
+    result = searched(folder, "--log", log)
+    assert result.exit_code == 2
+    assert "best.json exists already; pass --overwrite" in result.stderr
+    result = searched(folder, "--log", log, "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert f"3 candidates on 3 images, 2 of them known from {log}" in result.stdout.replace("\n", "")
+    assert (folder / "best.json").read_bytes() == best
+    result = searched(folder, "--log", log, "--overwrite", "--limit", 2)
+    assert result.exit_code == 1
+    assert "belongs to another search: images is 3 there and 2 here" in result.stderr
+
+
+def test_search_tells_an_interruption_from_an_error(folder, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jaxcrf.training, "search", interrupted)
+    result = searched(folder)
+    assert result.exit_code == 130
+    assert "the same command goes on from there" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("probs/b.npy", np.full((*SHAPE, 2), 0.9, np.float32), "b.npy: do not sum to 1"),
+        ("probs/b.npy", np.full((*SHAPE, 2), [2, -1], np.float32), "apply a softmax to unnormalised scores"),
+        ("probs/b.npy", np.full((4, 5, 2), 0.5, np.float32), "b.npy: got shape (4, 5, 2)"),
+        ("labels/b.png", np.full(SHAPE, 3), "b.png: holds label 3; expected 0 to 1 or --ignore-label 255"),
+        ("labels/b.png", np.zeros((4, 5), int), "labels"),
+        ("images/b.png", None, "b.png: is empty"),
+    ],
+)
+def test_search_names_the_file_that_is_wrong(folder, name, content, problem):
+    if content is None:
+        (folder / name).write_bytes(b"")
+    elif name.endswith(".npy"):
+        data.write_array(folder / name, content)
+    else:
+        data.write_labels(folder / name, content)
+    result = searched(folder)
+    assert result.exit_code == 1
+    assert str(folder) in result.stderr
+    assert problem in result.stderr
+    assert "=…" not in result.stderr
+    assert not (folder / "best.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method", "magic"), "--method: got 'magic'"),
+        (("--preset", "magic"), "--preset: got 'magic'"),
+        (("--out", "best.txt"), "a name that ends in .json"),
+        (("--vary", "bilateral_weight=2"), "names the same field twice"),
+        (("--vary", "blurr=2"), "--vary: got 'blurr'; expected"),
+        (("--vary", "blur"), "expected FIELD=first:step:last or FIELD=a,b,c"),
+        (("--vary", "blur=1,"), "expected FIELD=first:step:last or FIELD=a,b,c"),
+        (("--vary", "blur=1:0:3"), "a step above 0"),
+        (("--vary", "blur=1:nan:3"), "a step above 0"),
+        (("--vary", "blur=1:x:3"), "a step above 0"),
+        (("--vary", "blur=3:1:1"), "a step above 0"),
+        (("--vary", "unary_weight=much"), "--vary: unary_weight: got 'much'"),
+        (("--limit", 0), "--limit"),
+        (("--images", "labels/missing"), "--images"),
+    ],
+)
+def test_search_refuses(folder, options, message):
+    before = sorted(folder.rglob("*"))
+    result = searched(folder, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_search_refuses_files_that_do_not_fit(folder):
+    result = searched(folder, "--probs", folder / "probs/a.npy")
+    assert result.exit_code == 2
+    assert "for 3 images; pass a folder" in result.stderr
+    result = searched(folder, "--log", folder / "best.json")
+    assert result.exit_code == 2
+    assert "--log" in result.stderr
+    (folder / "file").touch()
+    result = searched(folder, "--log", folder / "file/log")
+    assert result.exit_code == 2
+    assert "cannot be written to" in result.stderr
+    (folder / "labels/b.png").unlink()
+    result = searched(folder)
+    assert result.exit_code == 2
+    assert "holds no b.png to go with it" in result.stderr
+    assert not (folder / "best.json").exists()
+
+
+def test_values_to_vary():
+    assert cli._read_values("bilateral_weight=5:1:7") == ("bilateral_weight", [5, 6, 7])
+    assert cli._read_values("unary_weight=0.1:0.1:0.35") == ("unary_weight", [0.1, 0.2, 0.3])
+    assert cli._read_values("unary_weight= 1, 2.5 ,1e2") == ("unary_weight", [1, 2.5, 100])
+    name = "bilateral_position_bandwidth"
+    assert cli._read_values(f"{name}=none,4") == (name, [None, 4])
+    assert cli._read_values("normalization=none,symmetric") == ("normalization", ["none", "symmetric"])
+
+
 def test_demo(tmp_path):
     result = run("demo", "--out", tmp_path)
     assert result.exit_code == 0, result.output
@@ -384,6 +548,8 @@ def test_info():
         "jaxlib",
         "python",
         "window_message",
+        "pair_message",
+        "dense up to 4096 pixels, lattice beyond",
         "convcrf",
         "densecrf_sharp",
         "compilation cache",
@@ -394,6 +560,7 @@ def test_info():
 def test_version_and_help():
     assert run("--version").stdout.startswith("jaxcrf ")
     assert "refine" in run("--help").stdout
+    assert "search" in run("--help").stdout
     assert "--num-labels" in CliRunner().invoke(cli.app, ["refine", "--help"], env={"COLUMNS": "200"}).stdout
 
 
