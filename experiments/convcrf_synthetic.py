@@ -71,6 +71,7 @@ from jaxcrf.plots import save_figure, segmentation_grid
 
 PAPER = {  # Table 1: accuracy, mIoU
     "unary": (86.60, 51.87),
+    "densecrf, lattice": (94.79, 84.37),
     "reference 5, blur 4": (97.13, 90.90),
     "reference 7, blur 4": (97.13, 92.98),
     "reference 11, blur 4": (98.97, 93.74),
@@ -80,11 +81,19 @@ REFERENCE = "convcrf_reference"
 PICTURES = 4
 
 
+def fully_connected_rows(filters: tuple[str, ...] = ("lattice", "landmark")) -> dict:
+    """The fully connected CRF with its usual parameters."""
+    preset = presets.get("densecrf")
+    return {f"densecrf, {name}": jaxcrf.RefineConfig(preset, filter=name) for name in filters}
+
+
 def reference_rows(windows: tuple[int, ...] = (5, 7, 11, 13), blurs: tuple[int, ...] = (4, 1)) -> dict:
     """The published code's default parameters at the paper's window sizes."""
     base = presets.get(REFERENCE)
     return {
-        f"reference {window}, blur {blur}": dataclasses.replace(base, filter_size=window, blur=blur)
+        f"reference {window}, blur {blur}": jaxcrf.RefineConfig(
+            dataclasses.replace(base, filter_size=window, blur=blur)
+        )
         for blur in blurs
         for window in windows
     }
@@ -93,10 +102,10 @@ def reference_rows(windows: tuple[int, ...] = (5, 7, 11, 13), blurs: tuple[int, 
 def tuned_rows(files: list[Path]) -> dict:
     """Our own presets: those that ship, and those that `tune_convcrf.py` wrote to `files`."""
     shipped = [name for name in presets.names() if name.startswith("convcrf") and name != REFERENCE]
-    rows = {name: presets.get(name) for name in shipped}
+    rows = {name: jaxcrf.RefineConfig(presets.get(name)) for name in shipped}
     for file in files:
         found = json.loads(file.read_text(encoding="utf-8"))["presets"]
-        rows |= {name: presets.Preset(**fields) for name, fields in found.items()}
+        rows |= {name: jaxcrf.RefineConfig(presets.Preset(**fields)) for name, fields in found.items()}
     return rows
 
 
@@ -109,6 +118,17 @@ def noisy_logits(
     noisy = corrupt_labels(seed, labels, num_labels, keep=keep)
     right = keep + (1 - keep) / num_labels if confidence is None else confidence
     return jaxcrf.unary_from_labels(noisy, num_labels, confidence=right)
+
+
+def refined(image: np.ndarray, logits: jax.Array, config: jaxcrf.RefineConfig) -> jax.Array:
+    """Probabilities, once they are there."""
+    if config.filter == "window":
+        probs = jaxcrf.refine_logits(image, logits, config).probs
+    else:  # a lattice has the size that the image needs if it is built outside of jit
+        probs = jaxcrf.refine(
+            image, logits=logits, method="densecrf", preset=config.preset, filter=config.filter
+        )
+    return probs.block_until_ready()
 
 
 def evaluate(folder: SegmentationFolder, rows: dict, args: argparse.Namespace) -> tuple[dict, dict]:
@@ -126,16 +146,15 @@ def evaluate(folder: SegmentationFolder, rows: dict, args: argparse.Namespace) -
             pictures["truth"].append(labels)
         for seed in range(args.seeds):
             logits = noisy_logits(labels, num_labels, [seed, index], args.noise, args.keep, args.confidence)
-            for name, preset in rows.items():
-                if preset is None:
+            for name, config in rows.items():
+                if config is None:
                     predicted = logits
                 else:
-                    config = jaxcrf.RefineConfig(preset)
                     if (name, image.shape) not in compiled:
-                        jaxcrf.refine_logits(image, logits, config).probs.block_until_ready()
+                        refined(image, logits, config)
                         compiled.add((name, image.shape))
                     start = time.perf_counter()
-                    predicted = jaxcrf.refine_logits(image, logits, config).probs.block_until_ready()
+                    predicted = refined(image, logits, config)
                     seconds[name].append(time.perf_counter() - start)
                 predicted = np.asarray(predicted.argmax(-1))
                 matrix = metrics.confusion_matrix(labels, predicted, num_labels, folder.ignore_label)
@@ -236,10 +255,20 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
             folder = dataclasses.replace(open_folder(temporary), label_names=_demo.LABELS)
             args.seeds = 1
-            rows = {"unary": None, **reference_rows((5, 11), (4,)), **tuned_rows(args.tuned)}
+            rows = {
+                "unary": None,
+                **fully_connected_rows(("lattice",)),
+                **reference_rows((5, 11), (4,)),
+                **tuned_rows(args.tuned),
+            }
         else:
             folder = open_folder(args.data, args.split)
-            rows = {"unary": None, **reference_rows(blurs=tuple(args.blur)), **tuned_rows(args.tuned)}
+            rows = {
+                "unary": None,
+                **fully_connected_rows(),
+                **reference_rows(blurs=tuple(args.blur)),
+                **tuned_rows(args.tuned),
+            }
         if args.limit is not None and args.limit < len(folder):
             chosen = np.linspace(0, len(folder) - 1, args.limit).round().astype(int)
             folder = dataclasses.replace(
@@ -257,7 +286,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "images": list(folder.names),
             "num_labels": folder.num_labels,
             **{key: getattr(args, key) for key in ("noise", "keep", "confidence", "seeds", "smoke")},
-            "presets": {name: dataclasses.asdict(preset) for name, preset in rows.items() if preset},
+            "presets": {name: dataclasses.asdict(c.preset) for name, c in rows.items() if c is not None},
         },
         "scores": scores,
         "paper": PAPER,
@@ -271,6 +300,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "image": "image",
         "truth": "label",
         "unary": "noised",
+        "densecrf, lattice": "dense CRF",
         "reference 11, blur 4": "ConvCRF, window 11",
     }
     tuned = [name for name in tuned_rows(args.tuned) if name in scores]
