@@ -113,7 +113,10 @@ def _build_filter(image: Array, config: RefineConfig) -> Filter:
     if config.filter == "window":
         k: Filter = Window(tuple(features), preset.filter_size, blur=preset.blur, **common)
     else:
-        k = fully_connected(tuple(features), kind=cast(Kind, config.filter), **common)
+        kind = select_filter(math.prod(spatial)) if config.filter == "auto" else cast(Kind, config.filter)
+        if kind == "lattice" and preset.normalization != "none":
+            common["scaling"] = "continuous"  # the cheapest one: normalised, all are the same
+        k = fully_connected(tuple(features), kind=kind, **common)
     return k.normalized(preset.normalization)
 
 

@@ -149,14 +149,19 @@ class FilterSuite:
             direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), leaves)
             g = jnp.asarray(random_maps(K, seed=2), jnp.float64)
 
+            @jax.jit  # the many small programs of eager mode take longer to compile than this one
             def value(step):
                 parameters, q = jax.tree.map(lambda x, d: x + step * d, leaves, direction)
                 return jnp.sum(g * build(parameters)(q))
 
+            @jax.jit
+            def gradients(leaves):
+                return jax.grad(lambda p, q: jnp.sum(g * build(p)(q)), argnums=(0, 1))(*leaves)
+
             step = 1e-5  # truncation step² ~ 1e-10 and cancellation eps / step ~ 1e-11 of the value
             expected = (value(step) - value(-step)) / (2 * step)
             # Reverse mode by hand, since a custom VJP has no forward mode.
-            gradient = jax.grad(lambda p, q: jnp.sum(g * build(p)(q)), argnums=(0, 1))(*leaves)
+            gradient = gradients(leaves)
             found = sum(
                 jnp.vdot(a, b)
                 for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)

@@ -163,7 +163,7 @@ class GaussianFilter(Filter):
         bare = self.replace(left=none, right=none, symmetric_scales=True)
         if kind == "none":
             return bare
-        sums = [_row_sums(k, self.weights.dtype) + NORMALIZATION_EPSILON for k in self.kernels]
+        sums = [row_sums(k, self.weights.dtype) + NORMALIZATION_EPSILON for k in self.kernels]
         if kind == "symmetric":
             scales = tuple(lax.rsqrt(s) for s in sums)
             return bare.replace(left=scales, right=scales)
@@ -211,7 +211,8 @@ def _scale(x: Array, scale: Array | None) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _row_sums(kernel: Kernel, dtype: Any) -> Array:
+def row_sums(kernel: Kernel, dtype: Any) -> Array:
+    """`K 1` of a kernel, `[*batch, *spatial]`."""
     ones = jnp.ones((*kernel.batch, *kernel.spatial, 1), dtype)
     return kernel.prolong(kernel.convolve(kernel.restrict(ones)))[..., 0]
 

@@ -2,7 +2,7 @@
 
 The kernel is the product of a Gaussian of position and a Gaussian of everything else (colour, say), and both
 have few significant directions. The filter therefore is `K = Φ Φᵀ` with an explicit map `Φ` from pixels to a
-few tens of thousands of coefficients. Nearly all of the work are products of a cell's kernel values
+few tens of thousands of coefficients. Nearly all of the work is products of a cell's kernel values
 `[pixels, landmarks]` and its maps `[pixels, labels]`: nothing is gathered, scattered or sorted, which is what
 tensor cores and TPUs like. Kernel values are computed anew wherever they are used.
 """
@@ -91,7 +91,7 @@ class Landmark(GaussianFilter):
     =========  ========  =========  =======
 
     Cost: `6 K` multiply-adds and `2 K` exponentials per message, pixel and (the former) label, nearly all in
-    matrix products. On two CPU cores a message takes about 0.1 s at 375×500 with 21 labels and 128 landmarks,
+    matrix products. On two CPU cores a message takes about 0.12 s at 375×500 with 21 labels and 128 landmarks,
     and twice that with 256; beside its operands it needs 40 MB. The coefficients in between number
     `K · Π_a (1.7 n_a / θ_a + 4)` per label, with axes of `n` pixels and bandwidths `θ` of position, which
     is little unless these are just a few pixels: then `Window` is the better choice.
@@ -191,7 +191,9 @@ class LandmarkKernel(Kernel):
 class _Axis(NamedTuple):
     """A Gaussian of position along one axis, `B A Aᵀ Bᵀ`: moments of cells, and their eigenvectors."""
 
-    basis: np.ndarray  # B [pixels of a cell, terms]: a constant and, where there is more than one pixel, a line
+    basis: (
+        np.ndarray
+    )  # B [pixels of a cell, terms]: a constant and, where there is more than one pixel, a line
     factor: np.ndarray  # A [terms, cells, rank]
 
 
@@ -216,12 +218,15 @@ def _axis(size: int, bandwidth: float | None) -> _Axis:
     line = np.arange(cell) - (cell - 1) / 2
     basis = np.stack([np.ones(cell), line] if cell > 1 else [np.ones(cell)], axis=1)
     basis = basis / np.linalg.norm(basis, axis=0)
-    # The best fit in every cell, for both pixels of a pair. The last cell may be cut, and is fitted where it is.
-    fit = np.zeros((cells, basis.shape[1], size))
-    for c in range(cells):
-        inside = slice(c * cell, min(size, (c + 1) * cell))
-        fit[c, :, inside] = np.linalg.pinv(basis[: inside.stop - inside.start])
-    fit = fit.reshape(-1, size)
+    # The best fit in every cell, for both pixels of a pair. The last cell may be cut, and is fitted where it is:
+    # by a constant where it is one pixel, since any line passes through that.
+    last = basis[: size - (cells - 1) * cell]
+    if len(last) == 1:
+        last = last * (np.arange(basis.shape[1]) == 0)
+    fit = np.zeros((cells, basis.shape[1], cells, cell))
+    fit[np.arange(cells - 1), :, np.arange(cells - 1)] = np.linalg.pinv(basis)
+    fit[-1, :, -1, : len(last)] = np.linalg.pinv(last)
+    fit = fit.reshape(-1, cells * cell)[:, :size]
     position = np.arange(size)
     gaussian = np.exp(-0.5 * ((position[:, None] - position) / bandwidth) ** 2)
     values, vectors = np.linalg.eigh(fit @ gaussian @ fit.T)
@@ -297,7 +302,8 @@ def _smooth(grid: _Grid, arrays: tuple[Array, Array, Array], q: Array) -> Array:
     """`Φ Φᵀ q`."""
     synthesise = functools.partial(_synthesise, grid, *arrays)
     shape = (*(f.shape[-1] for f in grid.factors), q.shape[-1], arrays[1].shape[0])
-    coefficients = varying_like(jnp.zeros(shape, q.dtype), arrays, q)
+    q = varying_like(q, arrays)
+    coefficients = varying_like(jnp.zeros(shape, q.dtype), q)
     # The transpose as JAX derives it, so that it is one whatever `Φ` is.
     (coefficients,) = jax.linear_transpose(synthesise, coefficients)(q)
     return synthesise(coefficients)
@@ -442,9 +448,26 @@ def _choose(values: Array, num_landmarks: int) -> Array:
 def _inverse_root(landmarks: Array) -> Array:
     """`R` with `Rᵀ R = W⁺`, the pseudo-inverse of the landmarks' own kernel values.
 
-    Directions in which landmarks differ by no more than rounding (twice the same colour, say) are left out:
-    the rank is found, not assumed, and nothing is divided by what rounding left over.
+    The rows of `R` orthogonalise the landmarks' kernel functions, at every step the one that those before it
+    represent worst (a Cholesky factorisation with pivots). One that they represent up to rounding (twice the same
+    colour, say) gets a row of zeros: the rank is found, not assumed, and nothing is divided by what rounding left.
+    Written as a loop, since on a busy machine LAPACK's threads may take a second for 256 landmarks.
     """
-    values, vectors = jnp.linalg.eigh(_similarity(landmarks, landmarks))
-    least = 16 * float(jnp.finfo(values.dtype).eps) * values[-1]
-    return jnp.where(values > least, lax.rsqrt(jnp.maximum(values, least)), 0)[:, None] * vectors.T
+    gram = _similarity(landmarks, landmarks)
+    # Dividing by the root of a residual multiplies rounding by as much.
+    tolerance = 100 * float(jnp.finfo(gram.dtype).eps)
+
+    def orthogonalise(state: tuple[Array, Array], step: Array) -> tuple[tuple[Array, Array], None]:
+        root, residual = state
+        pivot = jnp.argmax(residual)
+        size = residual[pivot]
+        row = (jnp.arange(len(gram)) == pivot) - _einsum(
+            "k,km->m", _einsum("km,m->k", root, gram[pivot]), root
+        )
+        row = jnp.where(size > tolerance, row * lax.rsqrt(jnp.maximum(size, tolerance)), 0)
+        residual = (residual - _einsum("m,mn->n", row, gram) ** 2).at[pivot].set(0)
+        return (root.at[step].set(row), residual), None
+
+    start = varying_like((jnp.zeros_like(gram), jnp.ones_like(gram[0])), landmarks)
+    (root, _), _ = lax.scan(orthogonalise, start, jnp.arange(len(gram)))
+    return root

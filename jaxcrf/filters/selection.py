@@ -12,7 +12,11 @@ from jaxcrf.filters.landmark import Landmark
 from jaxcrf.filters.lattice import Lattice
 
 Kind = Literal["dense", "lattice", "landmark"]
-_FILTERS: dict[str, Callable[..., GaussianFilter]] = {"dense": Dense, "lattice": Lattice, "landmark": Landmark}
+_FILTERS: dict[str, Callable[..., GaussianFilter]] = {
+    "dense": Dense,
+    "lattice": Lattice,
+    "landmark": Landmark,
+}
 
 # Up to how many pixels all pairs are summed. On two CPU cores five iterations with 21 labels take 60 to 110 ms at
 # 64×64, which nobody waits for, and 0.8 s at 96×128. For a GPU or TPU this is reasoned, not measured: at

@@ -4,10 +4,11 @@ Candidates that differ in weights only share a filter: it is built once per imag
 infers with every set of weights and counts its confusions. What is compiled depends on shapes, not on
 weights and bandwidths, and images share it:
 
-- Lattice filters pad images to a few common shapes. Pixels of the padding send no messages, and lie so far
-  from all others in feature space that they share no vertex of the lattice with them: results are those of the
-  image alone. The lattices' own sizes are rounded up by half octaves.
-- Window filters pool pixels, which padding would change at the borders. They compile once per image size.
+- Lattice filters that are normalised pad images to a few common shapes. Pixels of the padding send no
+  messages, and lie so far from all others in feature space that they share no vertex of the lattice with
+  them: results are those of the image alone. The lattices' own sizes are rounded up by half octaves.
+- Window filters pool pixels, which padding would change at the borders. They, and lattices that are not
+  normalised, compile once per image size.
 """
 
 import contextlib
@@ -594,7 +595,10 @@ class _Task:
                 normalization=preset.normalization,
             )
             return window, size
-        shape = self.data.shapes[size]
+        # What makes an unnormalised lattice sum like the Gaussian is fitted to whole images, so these stay as
+        # they are.
+        bare = preset.normalization == "none"
+        shape = size if bare else self.data.shapes[size]
         features: list[Any] = []
         capacity = None
         if "position_weight" in self.kernels:
@@ -603,8 +607,13 @@ class _Task:
             values = _isolated_features(_padded(image, (*shape, image.shape[-1]), 0), size, bandwidths)
             features.append(values)
             capacity = _rounded_up(int(_count_vertices(values)))
-        lattice = Lattice(tuple(features), capacity=capacity, spatial_ndim=len(shape))
-        return _inside(lattice, size, preset.normalization), shape
+        lattice = Lattice(
+            tuple(features),
+            capacity=capacity,
+            spatial_ndim=len(shape),
+            scaling="gaussian" if bare else "continuous",
+        )
+        return (lattice if bare else _inside(lattice, size, preset.normalization)), shape
 
 
 def _padded(array: np.ndarray, shape: tuple[int, ...], value: int) -> Array:
@@ -661,7 +670,8 @@ def _isolated_features(image: Array, size: Any, bandwidths: Any) -> Array:
 @jax.jit
 def _count_vertices(features: Array) -> Array:
     # Nothing else of this lattice is computed.
-    return Lattice(features, capacity=1, spatial_ndim=features.ndim - 1).num_vertices[0]
+    k = Lattice(features, capacity=1, spatial_ndim=features.ndim - 1, scaling="continuous")
+    return k.num_vertices[0]
 
 
 @functools.partial(jax.jit, static_argnames="kind")
@@ -675,7 +685,6 @@ def _inside(k: Lattice, size: Any, kind: Normalization) -> Lattice:
         sums = one(mask[..., None])[..., 0] + NORMALIZATION_EPSILON
         root = jnp.where(inside, lax.rsqrt(sums), 0)
         both = {
-            "none": (None, mask),
             "before": (None, mask / sums),
             "after": (mask / sums, mask),
             "symmetric": (root, root),

@@ -24,24 +24,18 @@ def bilateral(*spatial, seed=0):
 
 class TestDense(FilterSuite):
     CASES: ClassVar = {
-        "one feature": lambda: Dense(features(4, 5, 1)),
         "five features": lambda: Dense(features(5, 7, 5), weights=1.5),
         "no feature": lambda: Dense(np.zeros((3, 4, 0), np.float32)),
         "one pixel": lambda: Dense(features(1, 1, 3)),
-        "two kernels": lambda: Dense((features(4, 5, 2), features(4, 5, 3, seed=1)), weights=(0.5, 2.0)),
         "positions and colours": lambda: Dense(
             (jaxcrf.position_features((4, 5), 1.5), bilateral(4, 5)), weights=(0.5, 2.0)
         ),
         "cut off": lambda: Dense(
             (jaxcrf.position_features((5, 6), 2.5), bilateral(5, 6), features(5, 6, 2)), cutoff=(1, 2)
         ),
-        "batch": lambda: Dense(features(2, 4, 5, 3)),
-        "shared and batched": lambda: Dense((features(4, 5, 2), features(2, 4, 5, 3))),
         "scaled batch": lambda: Dense((features(4, 5, 2), features(2, 4, 5, 3))).normalized("symmetric"),
         "volume": lambda: Dense(bilateral(2, 3, 4), spatial_ndim=3),
-        "line": lambda: Dense(features(12, 3), spatial_ndim=1),
         "before": lambda: Dense((features(4, 5, 3), features(4, 5, 2))).normalized("before"),
-        "after": lambda: Dense((features(4, 5, 3), features(4, 5, 2))).normalized("after"),
         "symmetric": lambda: Dense(features(4, 5, 3)).normalized("symmetric"),
     }
 

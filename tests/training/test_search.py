@@ -99,7 +99,7 @@ def test_candidates_of_convcrf_are_those_of_refine(examples, blur):
     assert len({trial.score for trial in found.trials}) > 2
 
 
-@pytest.mark.parametrize("normalization", ["none", "before", "after", "symmetric"])
+@pytest.mark.parametrize("normalization", ["before", "after", "symmetric"])
 def test_padding_is_invisible_to_the_pixels(normalization):
     image, probs, labels = example(3, (9, 11))
     task = module._Task(
