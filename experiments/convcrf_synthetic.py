@@ -232,6 +232,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--confidence", type=float, help="of blocks; default: keep + (1 - keep) / L")
     parser.add_argument("--blur", type=int, nargs="+", default=[4, 1], help="of the reference's rows")
+    parser.add_argument("--rows", nargs="+", help="only rows whose names begin with one of these")
     parser.add_argument(
         "--tuned", type=Path, nargs="+", default=[], help="further presets, as written by tune_convcrf.py"
     )
@@ -269,6 +270,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 **reference_rows(blurs=tuple(args.blur)),
                 **tuned_rows(args.tuned),
             }
+        if args.rows is not None:
+            known = ", ".join(rows)
+            rows = {name: row for name, row in rows.items() if name.startswith(tuple(args.rows))}
+            if not rows:
+                raise SystemExit(f"--rows: got {' '.join(args.rows)}; the rows are {known}")
         if args.limit is not None and args.limit < len(folder):
             chosen = np.linspace(0, len(folder) - 1, args.limit).round().astype(int)
             folder = dataclasses.replace(
