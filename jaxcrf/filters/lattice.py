@@ -37,6 +37,7 @@ from jaxcrf.filters.gaussian import (
 )
 from jaxcrf.filters.separable import SeparableKernel, is_position_only
 from jaxcrf_kernels._materialize import on_materialized
+from jaxcrf_kernels._platform import by_platform
 
 Scaling = Literal["gaussian", "continuous", "classic"]
 
@@ -49,12 +50,19 @@ SAMPLES_AT_A_TIME = 8
 # a fifth slower.
 BLOCK = 8
 
-# Levels of the hash table in which a vertex finds its neighbours, and its slots per vertex. A level leaves
-# about one vertex in `2 SLOTS` to the next, so that four levels of eight place hundreds of thousands.
-LEVELS = 4
-SLOTS = 8
+# Levels of the hash table in which a vertex finds its neighbours, and its slots per vertex, at least. One in five
+# finds its slot of the first level taken, of those one in eighteen that of the second, and so on: of a million
+# none is left without a place by five levels. Larger tables are slower, they leave the cache.
+LEVELS = 5
+SLOTS = 2
 
-_HASH_FACTORS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93)
+_HASH_FACTORS = (
+    0x9E3779B97F4A7C15,
+    0xC2B2AE3D27D4EB4F,
+    0x165667B19E3779F9,
+    0xD6E8FEB86659FD93,
+    0xA0761D6478BD642F,
+)
 
 
 @filter_pytree(
@@ -706,14 +714,21 @@ _slice.defvjp(_slice_forward, _slice_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blur(reverse: bool, neighbours: Array, values: Array) -> Array:
-    @sequential_vmap
-    def run(neighbours: Array, values: Array) -> Array:
-        def along(values: Array, pair: Array) -> tuple[Array, None]:
-            return values + 0.5 * (_take(values, pair[0]) + _take(values, pair[1])), None
+    def along(values: Array, pair: Array) -> Array:
+        return values + 0.5 * (_take(values, pair[0]) + _take(values, pair[1]))
 
-        return lax.scan(along, values, neighbours, reverse=reverse)[0]
+    def one_after_another(neighbours: Array, values: Array) -> Array:
+        for pair in reversed(neighbours) if reverse else neighbours:
+            values = on_materialized(along, values, pair)
+        return values
 
-    return run(neighbours, values)
+    def in_a_loop(neighbours: Array, values: Array) -> Array:
+        return lax.scan(lambda x, pair: (along(x, pair), None), values, neighbours, reverse=reverse)[0]
+
+    # A loop would copy the values in every step, and is what keeps other compilers from fusing all steps
+    # into one that gathers from 3^(d + 1) vertices.
+    run = functools.partial(by_platform, cpu=one_after_another, accelerator=in_a_loop)
+    return sequential_vmap(run)(neighbours, values)
 
 
 def _blur_forward(reverse: bool, neighbours: Array, values: Array) -> tuple[Array, Array]:
