@@ -3,12 +3,20 @@
 import os
 from pathlib import Path
 
+import jax
 import pytest
 
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames and hasattr(metafunc.cls, "CASES"):
         metafunc.parametrize("case", list(metafunc.cls.CASES))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Thousands of compiled programs are gigabytes, and modules share next to none."""
+    yield
+    jax.clear_caches()
 
 
 def _folder(variable: str) -> Path:

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
 import jaxcrf
@@ -46,12 +48,54 @@ print("eight devices agree")
 """
 
 
-def test_a_sharded_batch_is_a_loop(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+FULLY_CONNECTED = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+import jaxcrf
+from jax.sharding import Mesh, PartitionSpec as P
+
+(kind,) = sys.argv[1:]
+mesh = Mesh(np.array(jax.devices()), ("data",))
+rng = np.random.default_rng(0)
+image = jnp.asarray(rng.uniform(0, 255, (2, 6, 7, 3)), jnp.float32)
+logits = jnp.asarray(rng.normal(size=(2, 6, 7, 3)), jnp.float32)
+
+def run(weights, image, logits):
+    features = (jaxcrf.position_features((6, 7), 2.0), jaxcrf.bilateral_features(image, 9.0, 60.0))
+    K = jaxcrf.filters.fully_connected(features, kind=kind, weights=weights).normalized("symmetric")
+    return jnp.sum(jaxcrf.mean_field(logits, K, num_iterations=2).probs[..., 0] ** 2, (-1, -2))
+
+split = jax.shard_map(run, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P("data"))
+for f in (lambda f: f, lambda f: jax.grad(lambda *x: jnp.sum(f(*x)), (0, 1, 2))):
+    found, alone = jax.jit(f(split)), jax.jit(f(run))
+    weights = jnp.array([0.3, 0.5])
+    for a, b in zip(
+        jax.tree.leaves(found(weights, image, logits)),
+        jax.tree.leaves(alone(weights, image, logits)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+print("both devices agree")
+"""
+
+
+def run_program(program, devices, home, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
         capture_output=True,
         text=True,
         check=False,
-        env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PATH": "", "HOME": str(tmp_path)},
+        env={"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PATH": "", "HOME": str(home)},
     )
+
+
+def test_a_sharded_batch_is_a_loop(tmp_path):
+    result = run_program(PROGRAM, 8, tmp_path)
     assert result.stdout.strip() == "eight devices agree", result.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "lattice", "landmark"])
+def test_fully_connected_filters_are_split_too(kind, tmp_path):
+    result = run_program(FULLY_CONNECTED, 2, tmp_path, kind)
+    assert result.stdout.strip() == "both devices agree", result.stderr[-2000:]

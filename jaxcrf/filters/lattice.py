@@ -38,6 +38,7 @@ from jaxcrf.filters.gaussian import (
 from jaxcrf.filters.separable import SeparableKernel, is_position_only
 from jaxcrf_kernels._materialize import on_materialized
 from jaxcrf_kernels._platform import by_platform
+from jaxcrf_kernels._varying import varying_like
 
 Scaling = Literal["gaussian", "continuous", "classic"]
 
@@ -267,6 +268,7 @@ class LatticeKernel(Kernel):
         if own not in (1, items):  # batch axes that broadcast against each other
             index = jnp.broadcast_to(jnp.arange(own).reshape(self.batch), batch).reshape(-1)
             tables, own = jax.tree.map(lambda a: a[index], tables), items
+        tables, x = varying_like((tables, x), tables, x)
         found = map_batch(function, tables, items, x, 2, own)
         return found.reshape(*batch, *found.shape[1:])
 

@@ -25,6 +25,7 @@ WIDTH, HEIGHT, LABELS = 6, 5, 3
 PIXELS = WIDTH * HEIGHT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image", ["2007_000129", "2007_000847"])
 @pytest.mark.parametrize("name", ["after", "before", "matrix", "none", "readme", "vector"])
 def test_marginals_and_divergences_are_the_original_s(golden_dir, image, name):
@@ -762,6 +763,7 @@ def test_the_example_runs_with_other_imports(pictures, tmp_path, monkeypatch, ca
     check_result(arguments[2], expected, capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_the_example_runs_unchanged_under_the_old_name(pictures, tmp_path):
     arguments, expected = pictures
     script = tmp_path / "aliased.py"

@@ -26,7 +26,6 @@ class TestDense(FilterSuite):
     CASES: ClassVar = {
         "five features": lambda: Dense(features(5, 7, 5), weights=1.5),
         "no feature": lambda: Dense(np.zeros((3, 4, 0), np.float32)),
-        "one pixel": lambda: Dense(features(1, 1, 3)),
         "positions and colours": lambda: Dense(
             (jaxcrf.position_features((4, 5), 1.5), bilateral(4, 5)), weights=(0.5, 2.0)
         ),
@@ -36,7 +35,6 @@ class TestDense(FilterSuite):
         "scaled batch": lambda: Dense((features(4, 5, 2), features(2, 4, 5, 3))).normalized("symmetric"),
         "volume": lambda: Dense(bilateral(2, 3, 4), spatial_ndim=3),
         "before": lambda: Dense((features(4, 5, 3), features(4, 5, 2))).normalized("before"),
-        "symmetric": lambda: Dense(features(4, 5, 3)).normalized("symmetric"),
     }
 
 

@@ -54,12 +54,7 @@ class TestLandmark(FilterSuite):
         "volume": lambda: Landmark(
             colored(3, 4, 5, bandwidth=(2.0, 20.0, 30.0), spatial_ndim=3), num_landmarks=6, spatial_ndim=3
         ),
-        "line": lambda: Landmark(
-            colored(13, bandwidth=16.0, spatial_ndim=1), num_landmarks=6, spatial_ndim=1
-        ),
-    } | {
-        kind: lambda kind=kind: Landmark(colored(4, 5, bandwidth=17.0), num_landmarks=6).normalized(kind)
-        for kind in ("after", "symmetric")
+        "symmetric": lambda: Landmark(colored(4, 5, bandwidth=17.0), num_landmarks=6).normalized("symmetric"),
     }
 
 

@@ -316,6 +316,7 @@ print("four devices agree")
 """
 
 
+@pytest.mark.slow
 def test_a_sharded_batch_is_a_loop(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", SHARDED],

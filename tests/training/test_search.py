@@ -70,6 +70,7 @@ def test_sizes_that_are_nearly_the_same_have_one_shape():
     assert module._common_shapes([(360, 480)] * 2) == {(360, 480): (360, 480)}
 
 
+@pytest.mark.slow
 def test_candidates_are_those_of_a_loop_whatever_the_padding(monkeypatch):
     monkeypatch.setattr(module, "_common_shapes", lambda sizes: dict.fromkeys(sizes, (12, 14)))
     examples = [example(0, (11, 12)), example(1, (11, 12))]
