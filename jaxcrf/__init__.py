@@ -21,9 +21,14 @@ if TYPE_CHECKING:
     from jaxcrf.features import Features as Features
     from jaxcrf.features import bilateral_features as bilateral_features
     from jaxcrf.features import position_features as position_features
+    from jaxcrf.inference.conjugate_gradient import ConjugateGradientStats as ConjugateGradientStats
+    from jaxcrf.inference.conjugate_gradient import conjugate_gradient as conjugate_gradient
     from jaxcrf.inference.energy import free_energy as free_energy
     from jaxcrf.inference.energy import gibbs_energy as gibbs_energy
     from jaxcrf.inference.frank_wolfe import frank_wolfe as frank_wolfe
+    from jaxcrf.inference.gaussian_crf import GaussianCRFResult as GaussianCRFResult
+    from jaxcrf.inference.gaussian_crf import GaussianCRFStats as GaussianCRFStats
+    from jaxcrf.inference.gaussian_crf import gaussian_crf as gaussian_crf
     from jaxcrf.inference.infer import infer as infer
     from jaxcrf.inference.mean_field import MeanFieldResult as MeanFieldResult
     from jaxcrf.inference.mean_field import MeanFieldStats as MeanFieldStats
@@ -52,7 +57,10 @@ _SUBMODULES = (
     "training",
 )
 _HOMES = {
+    "ConjugateGradientStats": "inference.conjugate_gradient",
     "Features": "features",
+    "GaussianCRFResult": "inference.gaussian_crf",
+    "GaussianCRFStats": "inference.gaussian_crf",
     "InferenceResult": "inference.relaxation",
     "InferenceStats": "inference.relaxation",
     "MeanFieldResult": "inference.mean_field",
@@ -60,8 +68,10 @@ _HOMES = {
     "Preset": "presets",
     "RefineConfig": "refinement",
     "bilateral_features": "features",
+    "conjugate_gradient": "inference.conjugate_gradient",
     "frank_wolfe": "inference.frank_wolfe",
     "free_energy": "inference.energy",
+    "gaussian_crf": "inference.gaussian_crf",
     "gibbs_energy": "inference.energy",
     "infer": "inference.infer",
     "mean_field": "inference.mean_field",

@@ -8,6 +8,8 @@ from jaxcrf.filters.base import Diagonal as Diagonal
 from jaxcrf.filters.base import Filter as Filter
 from jaxcrf.filters.base import Sum as Sum
 from jaxcrf.filters.dense import Dense as Dense
+from jaxcrf.filters.gram import Gram as Gram
+from jaxcrf.filters.gram import PixelLabelOperator as PixelLabelOperator
 from jaxcrf.filters.landmark import Landmark as Landmark
 from jaxcrf.filters.lattice import Lattice as Lattice
 from jaxcrf.filters.selection import fully_connected as fully_connected

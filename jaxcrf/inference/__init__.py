@@ -1,8 +1,13 @@
 """Algorithms over filters: pure functions that jit, differentiate, batch and shard."""
 
+from jaxcrf.inference.conjugate_gradient import ConjugateGradientStats as ConjugateGradientStats
+from jaxcrf.inference.conjugate_gradient import conjugate_gradient as conjugate_gradient
 from jaxcrf.inference.energy import free_energy as free_energy
 from jaxcrf.inference.energy import gibbs_energy as gibbs_energy
 from jaxcrf.inference.frank_wolfe import frank_wolfe as frank_wolfe
+from jaxcrf.inference.gaussian_crf import GaussianCRFResult as GaussianCRFResult
+from jaxcrf.inference.gaussian_crf import GaussianCRFStats as GaussianCRFStats
+from jaxcrf.inference.gaussian_crf import gaussian_crf as gaussian_crf
 from jaxcrf.inference.infer import infer as infer
 from jaxcrf.inference.mean_field import MeanFieldResult as MeanFieldResult
 from jaxcrf.inference.mean_field import MeanFieldStats as MeanFieldStats

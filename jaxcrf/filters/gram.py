@@ -1,0 +1,369 @@
+"""Low-rank operators: inner products of learned embeddings between all pairs of pixels."""
+
+import abc
+import math
+from typing import Any, Literal, Self, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+from jaxcrf import _checks
+from jaxcrf._checks import Normalization, check_normalization
+from jaxcrf.filters.base import NORMALIZATION_EPSILON, Filter, Immutable, filter_pytree
+
+EmbeddingKind = Literal["general", "potts"]
+
+# Solvers divide by what products of embeddings leave, so that TF32 would not do.
+PRECISION = lax.Precision.HIGHEST
+
+# Sums over pixels are made per image row and then added up, which keeps all cores of a CPU busy; the partial sums
+# of larger matrices would take more memory than the embeddings, so rows are merged.
+MAX_PARTIAL_SUMS = 64
+
+# From this size on, half of a symmetric product is mirrored rather than computed, but for the blocks on its diagonal.
+MIN_SYMMETRIC = 512
+SYMMETRIC_PARTS = 4
+
+
+class PixelLabelOperator(Immutable, abc.ABC):
+    """A linear operator on maps `[*batch, *spatial, labels]` that mixes labels as well as pixels.
+
+    Linear solvers take it. Mean field does not: it wants a filter, which treats all labels alike, and a
+    compatibility that mixes them.
+    """
+
+    @property
+    @abc.abstractmethod
+    def spatial(self) -> tuple[int, ...]:
+        """The spatial shape of the maps."""
+
+    @property
+    @abc.abstractmethod
+    def num_labels(self) -> int:
+        """The labels of a pixel."""
+
+    @property
+    @abc.abstractmethod
+    def batch(self) -> tuple[int, ...]:
+        """The operator's own batch shape; maps broadcast against it."""
+
+    @property
+    @abc.abstractmethod
+    def is_symmetric(self) -> bool:
+        """Whether `K.T` is `K`, known from the structure alone."""
+
+    @property
+    @abc.abstractmethod
+    def T(self) -> "PixelLabelOperator":
+        """The transpose, exact: `⟨p, K q⟩ = ⟨K.T p, q⟩`."""
+
+    @abc.abstractmethod
+    def diagonal(self) -> Float[Array, "*batch_and_spatial labels"]:
+        """The diagonal: the weight of every pixel's every label in its own message."""
+
+    @abc.abstractmethod
+    def apply(self, q: Array) -> Array:
+        """`K q` of checked maps in float32 or wider."""
+
+    def __call__(
+        self, q: Float[Array, "*batch_and_spatial labels"]
+    ) -> Float[Array, "*batch_and_spatial labels"]:
+        """Applies the operator.
+
+        Args:
+            q: `[*batch, *spatial, labels]`; batch axes broadcast against the operator's.
+
+        Returns:
+            `K q` of the broadcast shape, in the type of `q`.
+
+        Raises:
+            ValueError: if spatial shape or labels are not the operator's, or `q` is not floating point.
+        """
+        return _apply(self, self.check(q))
+
+    def check(self, q: Any, name: str = "q") -> Array:
+        """Makes `q` an array with the operator's shape and broadcast batch, or raises."""
+        q = jnp.asarray(q)
+        shape = (*self.spatial, self.num_labels)
+        if q.shape[-len(shape) :] != shape:
+            raise ValueError(
+                f"{name}: got shape {q.shape}; expected [*batch, {', '.join(map(str, shape))}], "
+                "pixels and labels of what the operator was built from"
+            )
+        return broadcast_to_batch(q, len(shape), self.batch, name)
+
+
+# Compiled here, so that calls outside any `jit` compile once per shape.
+@jax.jit
+def _apply(k: PixelLabelOperator, q: Array) -> Array:
+    return k.apply(q.astype(jnp.promote_types(q.dtype, jnp.float32))).astype(q.dtype)
+
+
+def broadcast_to_batch(q: Array, ndim: int, batch: tuple[int, ...], name: str) -> Array:
+    """Broadcasts floating-point maps of `ndim` axes against an operator's batch, or raises."""
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(
+            f"{name}: got dtype {q.dtype}; expected floating point, e.g. {name}.astype('float32')"
+        )
+    own = q.shape[: q.ndim - ndim]
+    try:
+        joint = jnp.broadcast_shapes(own, batch)
+    except ValueError:
+        raise ValueError(
+            f"{name}: its batch axes {own} do not broadcast against the operator's {batch}"
+        ) from None
+    return q if joint == own else jnp.broadcast_to(q, (*joint, *q.shape[len(own) :]))
+
+
+class Gram(Immutable):
+    r"""Inner products of embeddings, `K = AᵀA` with `A` of `D` rows: dense, exact and never written out.
+
+    .. math::
+        \text{potts:}\quad (Kq)_i(l) = \sum_j \langle \hat A_i, \hat A_j\rangle\, q_j(l) , \qquad
+        \text{general:}\quad (Kq)_i(l) = \sum_{j, l'} \langle A_i^l, A_j^{l'}\rangle\, q_j(l') .
+
+    The Potts kind has one embedding per pixel. It is a pixel filter like all others: it acts on each label's map
+    alike, any algorithm takes it, and its restricted maps are the `D` numbers per label `Â q`. The general
+    kind has one embedding per pixel and label. It mixes labels, so that it is a `PixelLabelOperator`: linear
+    solvers take it, mean field does not.
+
+    Either is symmetric and positive semi-definite of rank at most `D`, takes `2 N D` multiply-adds per map
+    and `O(N D)` memory. Differentiable to any order, in `q` and in the embeddings.
+
+    Args:
+        embeddings: `[*batch, *spatial, D]` of the Potts kind, `[*batch, *spatial, labels, D]` of the general.
+        kind: "potts" or "general".
+        spatial_ndim: 2 for images, 3 for volumes.
+
+    Raises:
+        ValueError: if the kind is unknown, or the embeddings have too few axes or hold nothing.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxcrf
+        >>> embeddings = jnp.eye(2)[jnp.array([[0, 0, 1], [0, 1, 1]])]  # two groups of pixels
+        >>> K = jaxcrf.filters.Gram(embeddings, kind="potts")
+        >>> K(jnp.ones((2, 3, 1)))[..., 0]  # everyone hears of their own group
+        Array([[3., 3., 3.],
+               [3., 3., 3.]], dtype=float32)
+        >>> K.rank, K.diagonal()[0, 0]
+        (2, Array(1., dtype=float32))
+
+    References:
+        Chandra, Usunier and Kokkinos, Dense and Low-Rank Gaussian CRFs Using Deep Embeddings, 2017, eq. 4
+        (general), 11 and 12 (Potts type), 13 and 15 (the products).
+    """
+
+    embeddings: Array
+    _spatial: tuple[int, ...]
+
+    def __new__(cls, embeddings: Any, *, kind: EmbeddingKind, spatial_ndim: int = 2) -> Self:
+        """Chooses the class by kind; both are `Gram`s."""
+        del embeddings, spatial_ndim
+        if kind not in get_args(EmbeddingKind):
+            raise ValueError(f"kind: got {kind!r}; expected one of {', '.join(get_args(EmbeddingKind))}")
+        return object.__new__(PixelGram if kind == "potts" else PixelLabelGram)  # type: ignore[return-value]
+
+    def __init__(self, embeddings: Any, *, kind: EmbeddingKind, spatial_ndim: int = 2):
+        _checks.check_spatial_ndim(spatial_ndim)
+        embeddings = _checks.as_float(embeddings)
+        wanted = ["height", "width"] if spatial_ndim == 2 else [f"{spatial_ndim} spatial axes"]
+        tail = spatial_ndim + (1 if kind == "potts" else 2)
+        if embeddings.ndim < tail:
+            axes = ", ".join(["*batch", *wanted, *(["labels"] if kind == "general" else []), "D"])
+            raise ValueError(
+                f"embeddings: got shape {embeddings.shape}; expected [{axes}] for kind={kind!r}"
+                + (" (one embedding per pixel is kind='potts')" if kind == "general" else "")
+            )
+        _checks.check_not_empty("embeddings", embeddings)
+        begin = embeddings.ndim - tail
+        self._set(embeddings, embeddings.shape[begin : begin + spatial_ndim])
+
+    def _set(self, embeddings: Array, spatial: tuple[int, ...]) -> None:
+        object.__setattr__(self, "embeddings", embeddings)
+        object.__setattr__(self, "_spatial", spatial)
+
+    @property
+    def kind(self) -> EmbeddingKind:
+        """Which of the two it is."""
+        return "potts" if isinstance(self, Filter) else "general"
+
+    @property
+    def rank(self) -> int:
+        """`D`, the numbers of an embedding; the rank is no larger."""
+        return self.embeddings.shape[-1]
+
+    @property
+    def num_vectors(self) -> int:
+        """How many embeddings there are in one image: pixels, or pixels times labels."""
+        return math.prod(self.embeddings.shape[self.embeddings.ndim - self._tail : -1])
+
+    @property
+    def _tail(self) -> int:
+        return len(self._spatial) + (1 if self.kind == "potts" else 2)
+
+    def squared_norms(self) -> Array:
+        """`‖A_i‖²`, one number per embedding."""
+        return jnp.sum(self.embeddings**2, axis=-1)
+
+    def dual(self) -> Float[Array, "*batch D D"]:
+        """`A Aᵀ`, the small matrix with the same eigenvalues, apart from zeros."""
+        rows = self._in_rows()
+        *batch, count, length, d = rows.shape
+        most = max(1, min(MAX_PARTIAL_SUMS, count * length // d))
+        sums = max(n for n in range(1, min(count, most) + 1) if count % n == 0)
+        rows = rows.reshape(*batch, sums, -1, d)
+        width = d if d < MIN_SYMMETRIC else -(-d // SYMMETRIC_PARTS)
+        parts = []
+        for begin in range(0, d, width):
+            end = min(begin + width, d)
+            part = jnp.einsum(
+                "...rmd,...rme->...rde", rows[..., begin:end], rows[..., :end], precision=PRECISION
+            ).sum(-3)
+            parts.append(jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, d - end)]))
+        if len(parts) == 1:
+            return parts[0]
+        lower = jnp.concatenate(parts, axis=-2)
+        return jnp.tril(lower) + jnp.swapaxes(jnp.tril(lower, -1), -1, -2)
+
+    def quadratic_form(self, lower: Float[Array, "*batch D D"]) -> Array:
+        """`A_iᵀ M⁻¹ A_i`, one number per embedding, of a `D × D` matrix `M = lower lowerᵀ`."""
+        eye = jnp.broadcast_to(jnp.eye(self.rank, dtype=lower.dtype), lower.shape)
+        inverse = lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+        whitened = jnp.einsum("...rmd,...ed->...rme", self._in_rows(), inverse, precision=PRECISION)
+        return jnp.sum(whitened**2, axis=-1).reshape(self.embeddings.shape[:-1])
+
+    def _in_rows(self) -> Array:
+        """The embeddings as `[*batch, rows, vectors per row, D]`."""
+        batch = self.embeddings.shape[: self.embeddings.ndim - self._tail]
+        return self.embeddings.reshape(*batch, self._spatial[0], -1, self.rank)
+
+
+@filter_pytree(data=("embeddings", "left", "right"), static=("_spatial", "symmetric_scales"))
+class PixelGram(Gram, Filter):
+    """The Potts kind of `Gram`, a pixel filter; made by `Gram(embeddings, kind="potts")`."""
+
+    left: Array | None  # [*batch, *spatial], applied after the inner products
+    right: Array | None  # likewise, applied before them
+    symmetric_scales: bool
+
+    def _set(self, embeddings: Array, spatial: tuple[int, ...]) -> None:
+        super()._set(embeddings, spatial)
+        for name, value in {"left": None, "right": None, "symmetric_scales": True}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def spatial(self) -> tuple[int, ...]:  # noqa: D102
+        return self._spatial
+
+    @property
+    def batch(self) -> tuple[int, ...]:  # noqa: D102
+        return self.embeddings.shape[: self.embeddings.ndim - self._tail]
+
+    @property
+    def is_symmetric(self) -> bool:
+        """True without, or with symmetric, normalisation."""
+        return self.symmetric_scales
+
+    @property
+    def T(self) -> "PixelGram":
+        """The transpose: scales change sides."""
+        return self.replace(left=self.right, right=self.left)
+
+    def diagonal(self) -> Array:  # noqa: D102
+        return _scaled(_scaled(self.squared_norms(), self.left), self.right)
+
+    def normalized(self, kind: Normalization) -> "PixelGram":
+        """As every filter's; row sums of inner products can be zero or negative, and then this is not finite."""
+        check_normalization(kind)
+        bare = self.replace(left=None, right=None, symmetric_scales=True)
+        if kind == "none":
+            return bare
+        ones = jnp.ones((*self.spatial, 1), self.embeddings.dtype)
+        sums = bare(ones)[..., 0] + NORMALIZATION_EPSILON
+        if kind == "symmetric":
+            scale = lax.rsqrt(sums)
+            return bare.replace(left=scale, right=scale)
+        return bare.replace(
+            left=1 / sums if kind == "after" else None,
+            right=1 / sums if kind == "before" else None,
+            symmetric_scales=False,
+        )
+
+    @property
+    def restricts(self) -> bool:  # noqa: D102
+        return True
+
+    def restrict(self, q: Array) -> tuple[Array, ...]:
+        """`Â q`, `[*batch, D, labels]` (eq. 15)."""
+        q = q.astype(jnp.promote_types(q.dtype, jnp.float32))
+        if self.right is not None:
+            q = q * self.right[..., None]
+        q = q.reshape(*q.shape[: -1 - len(self.spatial)], self.spatial[0], -1, q.shape[-1])
+        # In this order of axes the products take a CPU a quarter of the time.
+        t = jnp.einsum("...rmd,...rml->...rld", self._in_rows(), q, precision=PRECISION).sum(-3)
+        return (jnp.swapaxes(t, -1, -2),)
+
+    def convolve(self, restricted: tuple[Array, ...]) -> tuple[Array, ...]:  # noqa: D102
+        return restricted
+
+    def prolong(self, convolved: tuple[Array, ...]) -> Array:
+        """`Âᵀ t`."""
+        rows, t = self._in_rows(), _for_each_row(convolved[0], self._spatial[0], 2)
+        q = jnp.einsum("...rmd,...rdl->...rml", rows, t, precision=PRECISION)
+        q = q.reshape(*q.shape[:-3], *self.spatial, q.shape[-1])
+        return q if self.left is None else q * self.left[..., None]
+
+
+@filter_pytree(data=("embeddings",), static=("_spatial",))
+class PixelLabelGram(Gram, PixelLabelOperator):
+    """The general kind of `Gram`, which mixes labels; made by `Gram(embeddings, kind="general")`."""
+
+    @property
+    def spatial(self) -> tuple[int, ...]:  # noqa: D102
+        return self._spatial
+
+    @property
+    def num_labels(self) -> int:  # noqa: D102
+        return self.embeddings.shape[-2]
+
+    @property
+    def batch(self) -> tuple[int, ...]:  # noqa: D102
+        return self.embeddings.shape[: self.embeddings.ndim - self._tail]
+
+    @property
+    def is_symmetric(self) -> bool:  # noqa: D102
+        return True
+
+    @property
+    def T(self) -> "PixelLabelGram":  # noqa: D102
+        return self
+
+    def diagonal(self) -> Array:  # noqa: D102
+        return self.squared_norms()
+
+    def restrict(self, q: Array) -> Array:
+        """`A q`, `[*batch, D]` (eq. 13)."""
+        q = q.reshape(*q.shape[: -1 - len(self.spatial)], self.spatial[0], -1)
+        return jnp.einsum("...rmd,...rm->...rd", self._in_rows(), q, precision=PRECISION).sum(-2)
+
+    def prolong(self, t: Array) -> Array:
+        """`Aᵀ t`."""
+        rows, t = self._in_rows(), _for_each_row(t, self._spatial[0], 1)
+        q = jnp.einsum("...rmd,...rd->...rm", rows, t, precision=PRECISION)
+        return q.reshape(*q.shape[:-2], *self.spatial, self.num_labels)
+
+    def apply(self, q: Array) -> Array:  # noqa: D102
+        return self.prolong(self.restrict(q))
+
+
+def _for_each_row(t: Array, rows: int, ndim: int) -> Array:
+    """One `t`, of `ndim` axes, for each row, so that its cotangent is summed row by row as well."""
+    begin = t.ndim - ndim
+    t = jnp.expand_dims(t, begin)
+    return jnp.broadcast_to(t, (*t.shape[:begin], rows, *t.shape[begin + 1 :]))
+
+
+def _scaled(x: Array, scale: Array | None) -> Array:
+    return x if scale is None else x * scale
