@@ -19,6 +19,18 @@ def forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="class")
+def compiled_quickly():
+    """For suites of identities, which hold whatever a compiler makes of the arithmetic.
+
+    Unoptimised programs compile in half the time, which is most of the time that a suite takes. What is compared
+    with independent numbers runs as users run it.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def _folder(variable: str) -> Path:
     path = os.environ.get(variable)
     if not path:

@@ -18,7 +18,7 @@ EPSILON = 200 * float(np.finfo(np.float32).eps)
 
 
 # Properties are inherited: one method runs for several classes, none of which it depends on.
-PROPERTY = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+PROPERTY = settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
 
 
 def random_maps(
@@ -42,6 +42,7 @@ def assert_close(got, expected, magnitude=None):
     np.testing.assert_allclose(got, expected, rtol=0, atol=EPSILON * max(float(scale), 1e-30))
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 class FilterSuite:
     """Linearity, transpose, diagonal, normalisation, transforms and gradients of one family of filters."""
 

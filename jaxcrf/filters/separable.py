@@ -48,8 +48,8 @@ class Separable(GaussianFilter):
     Example:
         >>> import jax.numpy as jnp, jaxcrf
         >>> K = Separable(jaxcrf.position_features((1, 3), 1.0))
-        >>> K(jnp.array([[[0.0], [1.0], [0.0]]]))[0, :, 0].round(4)  # exp(-1/2) beside the peak
-        Array([0.6065, 1.    , 0.6065], dtype=float32)
+        >>> (100 * K(jnp.array([[[0.0], [1.0], [0.0]]]))[0, :, 0]).round()  # exp(-1/2) beside the peak
+        Array([ 61., 100.,  61.], dtype=float32)
 
     References:
         Krähenbühl and Koltun, *Efficient Inference in Fully Connected CRFs with Gaussian Edge
