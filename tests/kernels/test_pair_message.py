@@ -11,6 +11,7 @@ import pytest
 from jax.custom_derivatives import SymbolicZero
 
 import oracles
+from jaxcrf_kernels._bank import Needs, pull_back
 from jaxcrf_kernels.pair_message import IMPLEMENTATIONS, api, pair_message, reference, select_implementation
 from jaxcrf_kernels.pair_message.cases import CASES, Case, Operands, operands
 from jaxcrf_kernels.window_message import window_message
@@ -412,9 +413,9 @@ def test_a_message_that_nothing_depends_on_has_zero_gradients():
 def test_the_rule_answers_a_symbolic_zero_with_zeros():
     case = BY_NAME["merged_scaled"]
     arrays = jax.tree.map(jnp.asarray, operands(case))
-    needs = reference.Needs(*[True] * 5)
+    needs = Needs(*[True] * 5)
     zero = SymbolicZero(jax.typeof(arrays.q))
-    found = api._message_bwd(None, (needs, tuple(arrays)), zero)
+    found = pull_back(reference.backward, None, (needs, tuple(arrays)), zero)
     assert jax.tree.structure(found) == jax.tree.structure(tuple(arrays))
     for gradient, operand in zip(jax.tree.leaves(found), jax.tree.leaves(arrays), strict=True):
         np.testing.assert_array_equal(gradient, jnp.zeros_like(operand))
@@ -432,7 +433,7 @@ def test_the_size_of_tiles_does_not_matter(name, tile):
     arrays, cotangent = operands(case), draw_cotangent(case)
     config = (case.pixels,) if case.cutoff is None else case.spatial
     tiles = reference._Tiles.of(reference.PairConfig(config, case.cutoff), tile)
-    needs = reference.Needs(False, True, True, case.scaled, case.scaled)
+    needs = Needs(False, True, True, case.scaled, case.scaled)
 
     @jax.jit
     def run(arrays, cotangent):

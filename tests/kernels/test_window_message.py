@@ -9,6 +9,7 @@ from jax.custom_derivatives import SymbolicZero
 
 import oracles
 from jaxcrf_kernels import window_message
+from jaxcrf_kernels._bank import Needs, pull_back
 from jaxcrf_kernels.window_message import IMPLEMENTATIONS, api, reference, select_implementation
 from jaxcrf_kernels.window_message.cases import CASES, Case, Operands, operands
 
@@ -260,9 +261,9 @@ def test_a_message_that_nothing_depends_on_has_zero_gradients():
 def test_the_rule_answers_a_symbolic_zero_with_zeros():
     case = BY_NAME["merged_scaled"]
     arrays = jax.tree.map(jnp.asarray, operands(case))
-    needs = reference.Needs(*[True] * 5)
+    needs = Needs(*[True] * 5)
     zero = SymbolicZero(jax.typeof(arrays.q))
-    found = api._message_bwd(None, (needs, tuple(arrays)), zero)
+    found = pull_back(reference.backward, None, (needs, tuple(arrays)), zero)
     assert jax.tree.structure(found) == jax.tree.structure(tuple(arrays))
     for gradient, operand in zip(jax.tree.leaves(found), jax.tree.leaves(arrays), strict=True):
         np.testing.assert_array_equal(gradient, jnp.zeros_like(operand))
@@ -276,7 +277,7 @@ def test_blocks_of_a_cpu_and_whole_maps_agree(name):
     arrays, cotangent = operands(case), draw_cotangent(case)
     thetas = case.position_bandwidths or (None,) * len(case.feature_sizes)
     config = reference.WindowConfig(case.window, thetas)
-    needs = reference.Needs(False, True, True, case.scaled, case.scaled)
+    needs = Needs(False, True, True, case.scaled, case.scaled)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(whole_map, arrays, cotangent):

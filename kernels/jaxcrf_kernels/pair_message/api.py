@@ -1,20 +1,17 @@
 """The pair message: its public function, its argument checks and its VJP rule."""
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float
 
-from jaxcrf_kernels._varying import varying_like
+from jaxcrf_kernels._bank import accumulator_dtype, check_bank, check_implementation, differentiable
 from jaxcrf_kernels.pair_message import reference
-from jaxcrf_kernels.pair_message.reference import Needs, PairConfig
+from jaxcrf_kernels.pair_message.reference import PairConfig
 
 IMPLEMENTATIONS = ("xla",)
 
@@ -38,12 +35,7 @@ def select_implementation(implementation: str | None = None) -> str:
     """
     if implementation is None:
         return "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation: got {implementation!r}, which pair_message does not have; "
-            f"pass None or one of {', '.join(map(repr, IMPLEMENTATIONS))}"
-        )
-    return implementation
+    return check_implementation("pair_message", implementation, IMPLEMENTATIONS)
 
 
 def pair_message(
@@ -115,16 +107,16 @@ def pair_message(
     config = _checked_config(q, features, weights, left, right, spatial, cutoff)
     if q.size == 0:
         return q
-    dtype = reference.accumulator_dtype(q.dtype)
+    dtype = accumulator_dtype(q.dtype)
     features = tuple(f.astype(dtype) for f in features)
     scales = [None if s is None else jnp.asarray(s).astype(dtype) for s in (left, right)]
     if len(features) == 1 and any(s is not None for s in scales):
         # One kernel's scales leave the sum, which then is the same tile in both directions.
         s, r = scales
         scaled = q if r is None else q.astype(dtype) * r
-        message = _varying_message(config, scaled, features, weights.astype(dtype), None, None)
+        message = _message(config, scaled, features, weights.astype(dtype), None, None)
         return (message if s is None else message * s).astype(q.dtype)
-    return _varying_message(config, q, features, weights.astype(dtype), *scales)
+    return _message(config, q, features, weights.astype(dtype), *scales)
 
 
 def _checked_config(
@@ -141,29 +133,8 @@ def _checked_config(
             f"q: got shape {q.shape}; expected [batch, pixels, labels]. "
             "Reshape leading batch axes into one, and spatial axes into one."
         )
-    if not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(
-            f"q: got dtype {q.dtype}; expected floating point. Cast it, e.g. q.astype('float32')."
-        )
-    batch, pixels, _ = q.shape
-    count = len(features)
-    if count == 0:
-        raise ValueError("features: got no kernel; pass at least one array, of zero features if need be")
-    if weights.shape != (count,):
-        raise ValueError(f"weights: got shape {weights.shape}; expected ({count},), one weight per kernel")
-
-    def check(name: str, shape: tuple[int, ...], last: int | None) -> None:
-        fits = len(shape) == 3 and shape[0] in (1, batch) and shape[1] == pixels
-        if not fits or (last is not None and shape[-1] != last):
-            expected = f"[{batch} or 1, {pixels}, {'d' if last is None else last}]"
-            raise ValueError(f"{name}: got shape {shape}; expected {expected} to match q")
-
-    for m, array in enumerate(features):
-        check(f"features[{m}]", array.shape, None)
-    for name, array in (("left", left), ("right", right)):
-        if array is not None:
-            check(name, np.shape(array), count)
-
+    check_bank(q, features, weights, left, right)
+    pixels = q.shape[1]
     shape = None if spatial is None else _whole("spatial", spatial)
     if shape is not None and math.prod(shape) != pixels:
         raise ValueError(
@@ -191,38 +162,7 @@ def _whole(name: str, values: Sequence[int]) -> tuple[int, ...]:
     return tuple(map(int, values))
 
 
-def _varying_message(config: PairConfig, *operands: Any) -> Array:
-    return _message(config, *varying_like(operands, operands))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _message(config: PairConfig, q: Any, features: Any, weights: Any, left: Any, right: Any) -> Any:
-    return reference.forward(config, q, features, weights, left, right)
-
-
-def _message_fwd(config: PairConfig, *arguments: Any) -> tuple[Array, Any]:
-    perturbed = [_any_perturbed(argument) for argument in arguments]
-    values = jax.tree.map(lambda x: x.value, arguments, is_leaf=_is_primal)
-    needs = Needs(*perturbed)
-    return _message(config, *values), (needs, values)
-
-
-def _message_bwd(config: PairConfig, residuals: Any, cotangent: Any) -> Any:
-    needs, (q, features, weights, left, right) = residuals
-    if isinstance(cotangent, SymbolicZero):
-        return jax.tree.map(jnp.zeros_like, (q, features, weights, left, right))
-    return reference.backward(config, needs, q, features, weights, left, right, cotangent)
-
-
-def _is_primal(x: Any) -> bool:
-    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
-
-
-def _any_perturbed(tree: Any) -> bool:
-    return any(x.perturbed for x in jax.tree.leaves(tree, is_leaf=_is_primal))
-
-
-_message.defvjp(_message_fwd, _message_bwd, symbolic_zeros=True)
+_message = differentiable(reference.forward, reference.backward)
 
 
 def arithmetic(

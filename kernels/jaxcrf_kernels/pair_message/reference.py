@@ -22,6 +22,7 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 
+from jaxcrf_kernels._bank import Needs, accumulator_dtype
 from jaxcrf_kernels._platform import by_platform
 from jaxcrf_kernels._varying import varying_like
 
@@ -43,22 +44,6 @@ class PairConfig(NamedTuple):
 
     spatial: tuple[int, ...]
     cutoff: tuple[int, ...] | None
-
-
-@jax.tree_util.register_static
-class Needs(NamedTuple):
-    """Which operands the backward pass must find gradients for."""
-
-    q: bool
-    features: bool
-    weights: bool
-    left: bool
-    right: bool
-
-
-def accumulator_dtype(dtype: np.dtype) -> np.dtype:
-    """Float32, or the operand's own type where that is wider."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def forward(

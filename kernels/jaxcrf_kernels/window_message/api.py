@@ -1,20 +1,17 @@
 """The window message: its public function, its argument checks and its VJP rule."""
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float
 
-from jaxcrf_kernels._varying import varying_like
+from jaxcrf_kernels._bank import accumulator_dtype, check_bank, check_implementation, differentiable
 from jaxcrf_kernels.window_message import reference
-from jaxcrf_kernels.window_message.reference import Needs, WindowConfig
+from jaxcrf_kernels.window_message.reference import WindowConfig
 
 IMPLEMENTATIONS = ("xla",)
 
@@ -38,12 +35,7 @@ def select_implementation(implementation: str | None = None) -> str:
     """
     if implementation is None:
         return "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation: got {implementation!r}, which window_message does not have; "
-            f"pass None or one of {', '.join(map(repr, IMPLEMENTATIONS))}"
-        )
-    return implementation
+    return check_implementation("window_message", implementation, IMPLEMENTATIONS)
 
 
 def window_message(
@@ -111,11 +103,10 @@ def window_message(
     config = _checked_config(q, features, weights, filter_size, position_bandwidths, left, right)
     if q.size == 0:
         return q
-    dtype = reference.accumulator_dtype(q.dtype)
+    dtype = accumulator_dtype(q.dtype)
     features = tuple(f.astype(dtype) for f in features)
     scales = [None if s is None else jnp.asarray(s).astype(dtype) for s in (left, right)]
-    operands = (q, features, weights.astype(dtype), *scales)
-    return _message(config, *varying_like(operands, operands))
+    return _message(config, q, features, weights.astype(dtype), *scales)
 
 
 def _checked_config(
@@ -132,33 +123,8 @@ def _checked_config(
             f"q: got shape {q.shape}; expected [batch, *spatial, labels] with 1 to 3 spatial axes. "
             "Reshape leading batch axes into one."
         )
-    if not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(
-            f"q: got dtype {q.dtype}; expected floating point. Cast it, e.g. q.astype('float32')."
-        )
-    spatial = q.shape[1:-1]
-    count = len(features)
-    if count == 0:
-        raise ValueError("features: got no kernel; pass at least one array, of zero features if need be")
-    if weights.shape != (count,):
-        raise ValueError(f"weights: got shape {weights.shape}; expected ({count},), one weight per kernel")
-
-    def check(name: str, array: Array, last: int | None) -> None:
-        expected = f"[{q.shape[0]} or 1, {', '.join(map(str, spatial))}, {'d' if last is None else last}]"
-        if (
-            array.ndim != q.ndim
-            or array.shape[1:-1] != spatial
-            or array.shape[0] not in (1, q.shape[0])
-            or (last is not None and array.shape[-1] != last)
-        ):
-            raise ValueError(f"{name}: got shape {array.shape}; expected {expected} to match q")
-
-    for m, array in enumerate(features):
-        check(f"features[{m}]", array, None)
-    for name, array in (("left", left), ("right", right)):
-        if array is not None:
-            check(name, array, count)
-
+    check_bank(q, features, weights, left, right)
+    spatial, count = q.shape[1:-1], len(features)
     sizes = _sizes(filter_size, len(spatial))
     if len(sizes) != len(spatial) or any(k < 1 or k % 2 == 0 for k in sizes):
         raise ValueError(
@@ -187,34 +153,7 @@ def _sizes(filter_size: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _message(config: WindowConfig, q: Any, features: Any, weights: Any, left: Any, right: Any) -> Any:
-    return reference.forward(config, q, features, weights, left, right)
-
-
-def _message_fwd(config: WindowConfig, *arguments: Any) -> tuple[Array, Any]:
-    perturbed = [_any_perturbed(argument) for argument in arguments]
-    values = jax.tree.map(lambda x: x.value, arguments, is_leaf=_is_primal)
-    needs = Needs(*perturbed)
-    return _message(config, *values), (needs, values)
-
-
-def _message_bwd(config: WindowConfig, residuals: Any, cotangent: Any) -> Any:
-    needs, (q, features, weights, left, right) = residuals
-    if isinstance(cotangent, SymbolicZero):
-        return jax.tree.map(jnp.zeros_like, (q, features, weights, left, right))
-    return reference.backward(config, needs, q, features, weights, left, right, cotangent)
-
-
-def _is_primal(x: Any) -> bool:
-    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
-
-
-def _any_perturbed(tree: Any) -> bool:
-    return any(x.perturbed for x in jax.tree.leaves(tree, is_leaf=_is_primal))
-
-
-_message.defvjp(_message_fwd, _message_bwd, symbolic_zeros=True)
+_message = differentiable(reference.forward, reference.backward)
 
 
 def arithmetic(
