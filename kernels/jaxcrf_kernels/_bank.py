@@ -29,16 +29,6 @@ def accumulator_dtype(dtype: np.dtype) -> np.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def check_implementation(operation: str, implementation: str, known: Sequence[str]) -> str:
-    """Raises unless an explicit choice is one that the operation has."""
-    if implementation not in known:
-        raise ValueError(
-            f"implementation: got {implementation!r}, which {operation} does not have; "
-            f"pass None or one of {', '.join(map(repr, known))}"
-        )
-    return implementation
-
-
 def check_bank(q: Array, features: Sequence[Array], weights: Array, left: Any, right: Any) -> None:
     """Raises unless maps `[batch, *pixels, labels]` and the operands of the kernels fit each other."""
     if not jnp.issubdtype(q.dtype, jnp.floating):

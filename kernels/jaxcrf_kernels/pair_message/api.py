@@ -9,11 +9,13 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxcrf_kernels._bank import accumulator_dtype, check_bank, check_implementation, differentiable
+from jaxcrf_kernels._bank import accumulator_dtype, check_bank
+from jaxcrf_kernels._dispatch import Operation
 from jaxcrf_kernels.pair_message import reference
 from jaxcrf_kernels.pair_message.reference import PairConfig
 
-IMPLEMENTATIONS = ("xla",)
+OPERATION = Operation("pair_message", reference, {})
+IMPLEMENTATIONS = OPERATION.implementations
 
 
 def select_implementation(implementation: str | None = None) -> str:
@@ -28,14 +30,13 @@ def select_implementation(implementation: str | None = None) -> str:
 
     Raises:
         ValueError: if the name is unknown.
+        NotImplementedError: if this machine cannot run an explicit choice.
 
     Example:
         >>> select_implementation()
         'xla'
     """
-    if implementation is None:
-        return "xla"
-    return check_implementation("pair_message", implementation, IMPLEMENTATIONS)
+    return OPERATION.select(implementation)
 
 
 def pair_message(
@@ -100,7 +101,7 @@ def pair_message(
         Krähenbühl and Koltun, *Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials*,
         2011, eq. 2 and 3.
     """
-    select_implementation(implementation)
+    OPERATION.check(implementation)
     q = jnp.asarray(q)
     features = tuple(jnp.asarray(f) for f in features)
     weights = jnp.asarray(weights)
@@ -114,9 +115,9 @@ def pair_message(
         # One kernel's scales leave the sum, which then is the same tile in both directions.
         s, r = scales
         scaled = q if r is None else q.astype(dtype) * r
-        message = _message(config, scaled, features, weights.astype(dtype), None, None)
+        message = OPERATION(implementation, config, scaled, features, weights.astype(dtype), None, None)
         return (message if s is None else message * s).astype(q.dtype)
-    return _message(config, q, features, weights.astype(dtype), *scales)
+    return OPERATION(implementation, config, q, features, weights.astype(dtype), *scales)
 
 
 def _checked_config(
@@ -160,9 +161,6 @@ def _whole(name: str, values: Sequence[int]) -> tuple[int, ...]:
     if np.ndim(values) != 1 or not all(isinstance(v, int | np.integer) for v in values):
         raise TypeError(f"{name}: got {values}; expected whole numbers, one per spatial axis")
     return tuple(map(int, values))
-
-
-_message = differentiable(reference.forward, reference.backward)
 
 
 def arithmetic(

@@ -9,11 +9,13 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxcrf_kernels._bank import accumulator_dtype, check_bank, check_implementation, differentiable
+from jaxcrf_kernels._bank import accumulator_dtype, check_bank
+from jaxcrf_kernels._dispatch import Operation
 from jaxcrf_kernels.window_message import reference
 from jaxcrf_kernels.window_message.reference import WindowConfig
 
-IMPLEMENTATIONS = ("xla",)
+OPERATION = Operation("window_message", reference, {})
+IMPLEMENTATIONS = OPERATION.implementations
 
 
 def select_implementation(implementation: str | None = None) -> str:
@@ -28,14 +30,13 @@ def select_implementation(implementation: str | None = None) -> str:
 
     Raises:
         ValueError: if the name is unknown.
+        NotImplementedError: if this machine cannot run an explicit choice.
 
     Example:
         >>> select_implementation()
         'xla'
     """
-    if implementation is None:
-        return "xla"
-    return check_implementation("window_message", implementation, IMPLEMENTATIONS)
+    return OPERATION.select(implementation)
 
 
 def window_message(
@@ -96,7 +97,7 @@ def window_message(
     References:
         Teichmann and Cipolla, *Convolutional CRFs for Semantic Segmentation*, 2018, eq. 5 and 6.
     """
-    select_implementation(implementation)
+    OPERATION.check(implementation)
     q = jnp.asarray(q)
     features = tuple(jnp.asarray(f) for f in features)
     weights = jnp.asarray(weights)
@@ -106,7 +107,7 @@ def window_message(
     dtype = accumulator_dtype(q.dtype)
     features = tuple(f.astype(dtype) for f in features)
     scales = [None if s is None else jnp.asarray(s).astype(dtype) for s in (left, right)]
-    return _message(config, q, features, weights.astype(dtype), *scales)
+    return OPERATION(implementation, config, q, features, weights.astype(dtype), *scales)
 
 
 def _checked_config(
@@ -151,9 +152,6 @@ def _sizes(filter_size: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     if not all(isinstance(k, int | np.integer) for k in sizes):
         raise TypeError(f"filter_size: got {filter_size}; expected whole numbers")
     return tuple(map(int, sizes))
-
-
-_message = differentiable(reference.forward, reference.backward)
 
 
 def arithmetic(
