@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxcrf import filters as filters
     from jaxcrf import inference as inference
     from jaxcrf import metrics as metrics
+    from jaxcrf import nn as nn
     from jaxcrf import plots as plots
     from jaxcrf import presets as presets
     from jaxcrf import training as training
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from jaxcrf.inference.relaxation import InferenceStats as InferenceStats
     from jaxcrf.inference.relaxation import relaxed_energy as relaxed_energy
     from jaxcrf.inference.relaxation import rounded_energy as rounded_energy
+    from jaxcrf.inference.sparse_gaussian_crf import sparse_gaussian_crf as sparse_gaussian_crf
     from jaxcrf.presets import Preset as Preset
     from jaxcrf.refinement import RefineConfig as RefineConfig
     from jaxcrf.refinement import refine as refine
@@ -52,6 +54,7 @@ _SUBMODULES = (
     "filters",
     "inference",
     "metrics",
+    "nn",
     "plots",
     "presets",
     "training",
@@ -81,6 +84,7 @@ _HOMES = {
     "refine_logits": "refinement",
     "relaxed_energy": "inference.relaxation",
     "rounded_energy": "inference.relaxation",
+    "sparse_gaussian_crf": "inference.sparse_gaussian_crf",
     "unary_from_labels": "unary",
     "unary_from_probs": "unary",
 }

@@ -197,6 +197,41 @@ def gaussian_matrix(features, others=None):
     return np.exp(-0.5 * ((f[:, None, :] - g[None, :, :]) ** 2).sum(-1))
 
 
+# A pixel's edges in their order: down and to the right.
+_EDGE_STEPS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0))
+
+
+def grid_edges_inside(edges):
+    """Which edges `[height, width, E, …]` end inside the image."""
+    height, width, count = edges.shape[:3]
+    inside = np.zeros((height, width, count), bool)
+    for y, x, e in np.ndindex(height, width, count):
+        dy, dx = _EDGE_STEPS[e]
+        inside[y, x, e] = y + dy < height and 0 <= x + dx < width
+    return inside
+
+
+def grid_matrix(edges):
+    """The symmetric matrix of one image's edges, `[height, width, E]` or `[height, width, E, labels, labels]`."""
+    edges = np.asarray(edges, np.float64)
+    height, width = edges.shape[:2]
+    labels = edges.shape[-1] if edges.ndim == 5 else 1
+    matrix = np.zeros((height * width, labels, height * width, labels))
+    for y, x, e in np.argwhere(grid_edges_inside(edges)):
+        dy, dx = _EDGE_STEPS[e]
+        i, j = y * width + x, (y + dy) * width + x + dx
+        block = np.broadcast_to(edges[y, x, e], (labels, labels))
+        matrix[i, :, j] += block
+        matrix[j, :, i] += block.T
+    return matrix.reshape(height * width * labels, -1)
+
+
+def softmax(x):
+    """Over the last axis."""
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
 def permutohedral(features, q, order=None):
     """One pass over a permutohedral lattice, with a dictionary for its vertices: splat, blur, slice, no gain.
 

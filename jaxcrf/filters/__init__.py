@@ -6,10 +6,11 @@ normalisations `K.normalized(kind)`, and can be added to another: `K1 + K2`.
 
 from jaxcrf.filters.base import Diagonal as Diagonal
 from jaxcrf.filters.base import Filter as Filter
+from jaxcrf.filters.base import PixelLabelOperator as PixelLabelOperator
 from jaxcrf.filters.base import Sum as Sum
 from jaxcrf.filters.dense import Dense as Dense
 from jaxcrf.filters.gram import Gram as Gram
-from jaxcrf.filters.gram import PixelLabelOperator as PixelLabelOperator
+from jaxcrf.filters.grid import Grid as Grid
 from jaxcrf.filters.landmark import Landmark as Landmark
 from jaxcrf.filters.lattice import Lattice as Lattice
 from jaxcrf.filters.selection import fully_connected as fully_connected

@@ -8,7 +8,7 @@ from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float
 
 from jaxcrf._checks import Normalization, check_normalization
@@ -181,18 +181,7 @@ class Filter(Immutable, abc.ABC):
             )
         if q.shape[-1] == 0:
             raise ValueError(f"{name}: got shape {q.shape}, which has no labels")
-        if not jnp.issubdtype(q.dtype, jnp.floating):
-            raise ValueError(
-                f"{name}: got dtype {q.dtype}; expected floating point, e.g. {name}.astype('float32')"
-            )
-        own = q.shape[: -1 - count]
-        try:
-            batch = jnp.broadcast_shapes(own, self.batch)
-        except ValueError:
-            raise ValueError(
-                f"{name}: its batch axes {own} do not broadcast against the filter's {self.batch}"
-            ) from None
-        return q if batch == own else jnp.broadcast_to(q, (*batch, *q.shape[len(own) :]))
+        return broadcast_to_batch(q, count + 1, self.batch, name)
 
     def __add__(self, other: "Filter") -> "Filter":
         """The filter `q ↦ K1 q + K2 q`."""
@@ -217,6 +206,80 @@ def _apply(k: Filter, q: Array) -> Array:
 
 def _terms(k: Filter) -> tuple[Filter, ...]:
     return k.terms if isinstance(k, Sum) else (k,)
+
+
+class PixelLabelOperator(Immutable, abc.ABC):
+    """A linear operator on maps `[*batch, *spatial, labels]` that mixes labels as well as pixels.
+
+    Linear solvers take it. Mean field does not: it wants a filter, which treats all labels alike, and a
+    compatibility that mixes them.
+    """
+
+    @property
+    @abc.abstractmethod
+    def spatial(self) -> tuple[int, ...]:
+        """The spatial shape of the maps."""
+
+    @property
+    @abc.abstractmethod
+    def num_labels(self) -> int:
+        """The labels of a pixel."""
+
+    @property
+    @abc.abstractmethod
+    def batch(self) -> tuple[int, ...]:
+        """The operator's own batch shape; maps broadcast against it."""
+
+    @property
+    @abc.abstractmethod
+    def is_symmetric(self) -> bool:
+        """Whether `K.T` is `K`, known from the structure alone."""
+
+    @property
+    @abc.abstractmethod
+    def T(self) -> "PixelLabelOperator":
+        """The transpose, exact: `⟨p, K q⟩ = ⟨K.T p, q⟩`."""
+
+    @abc.abstractmethod
+    def diagonal(self) -> Float[Array, "*batch_and_spatial labels"]:
+        """The diagonal: the weight of every pixel's every label in its own message."""
+
+    @abc.abstractmethod
+    def apply(self, q: Array) -> Array:
+        """`K q` of checked maps in float32 or wider."""
+
+    def __call__(
+        self, q: Float[Array, "*batch_and_spatial labels"]
+    ) -> Float[Array, "*batch_and_spatial labels"]:
+        """Applies the operator.
+
+        Args:
+            q: `[*batch, *spatial, labels]`; batch axes broadcast against the operator's.
+
+        Returns:
+            `K q` of the broadcast shape, in the type of `q`.
+
+        Raises:
+            ValueError: if spatial shape or labels are not the operator's, or `q` is not floating point.
+        """
+        return _apply_mixing(self, self.check(q))
+
+    def check(self, q: Any, name: str = "q") -> Array:
+        """Makes `q` an array with the operator's shape and broadcast batch, or raises."""
+        q = jnp.asarray(q)
+        shape = (*self.spatial, self.num_labels)
+        if q.shape[-len(shape) :] != shape:
+            raise ValueError(
+                f"{name}: got shape {q.shape}; expected [*batch, {', '.join(map(str, shape))}], "
+                "pixels and labels of what the operator was built from"
+            )
+        return broadcast_to_batch(q, len(shape), self.batch, name)
+
+
+# Likewise compiled here.
+@jax.jit
+def _apply_mixing(k: PixelLabelOperator, q: Array) -> Array:
+    return k.apply(q.astype(jnp.promote_types(q.dtype, jnp.float32))).astype(q.dtype)
 
 
 @filter_pytree(data=("terms",), static=())
@@ -340,6 +403,33 @@ class Diagonal(Filter):
     def convolve(self, restricted: tuple[Array, ...]) -> tuple[Array, ...]:  # noqa: D102
         (q,) = restricted
         return ((self.values[..., None] * q).astype(q.dtype),)
+
+
+def broadcast_to_batch(q: Array, ndim: int, batch: tuple[int, ...], name: str) -> Array:
+    """Broadcasts floating-point maps of `ndim` axes against the batch of a filter or operator, or raises."""
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(
+            f"{name}: got dtype {q.dtype}; expected floating point, e.g. {name}.astype('float32')"
+        )
+    own = q.shape[: q.ndim - ndim]
+    try:
+        joint = jnp.broadcast_shapes(own, batch)
+    except ValueError:
+        raise ValueError(
+            f"{name}: its batch axes {own} do not broadcast against those that it meets, {batch}"
+        ) from None
+    return q if joint == own else jnp.broadcast_to(q, (*joint, *q.shape[len(own) :]))
+
+
+def normalizing_scales(sums: Array, kind: Normalization) -> tuple[Array | None, Array | None]:
+    """What multiplies a kernel of row sums `sums` from the left and from the right; None where nothing does."""
+    if kind == "none":
+        return None, None
+    sums = sums + NORMALIZATION_EPSILON
+    if kind == "symmetric":
+        root = lax.rsqrt(sums)
+        return root, root
+    return (1 / sums, None) if kind == "after" else (None, 1 / sums)
 
 
 def flatten_batch(x: Array, batch: tuple[int, ...], ndim: int) -> Array:

@@ -10,8 +10,9 @@ import numpy as np
 from jax import Array
 
 from jaxcrf import _checks
+from jaxcrf.filters.arguments import read_features, read_weights
 from jaxcrf.filters.base import filter_pytree, flatten_batch
-from jaxcrf.filters.gaussian import GaussianFilter, Kernel, read_features, read_weights
+from jaxcrf.filters.gaussian import GaussianFilter, Kernel
 from jaxcrf.filters.separable import SeparableKernel, is_position_only
 from jaxcrf_kernels import pair_message
 from jaxcrf_kernels.pair_message import select_implementation

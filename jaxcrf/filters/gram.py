@@ -1,17 +1,15 @@
 """Low-rank operators: inner products of learned embeddings between all pairs of pixels."""
 
-import abc
 import math
 from typing import Any, Literal, Self, get_args
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
 from jaxcrf import _checks
 from jaxcrf._checks import Normalization, check_normalization
-from jaxcrf.filters.base import NORMALIZATION_EPSILON, Filter, Immutable, filter_pytree
+from jaxcrf.filters.base import Filter, Immutable, PixelLabelOperator, filter_pytree, normalizing_scales
 
 EmbeddingKind = Literal["general", "potts"]
 
@@ -25,96 +23,6 @@ MAX_PARTIAL_SUMS = 64
 # From this size on, half of a symmetric product is mirrored rather than computed, but for the blocks on its diagonal.
 MIN_SYMMETRIC = 512
 SYMMETRIC_PARTS = 4
-
-
-class PixelLabelOperator(Immutable, abc.ABC):
-    """A linear operator on maps `[*batch, *spatial, labels]` that mixes labels as well as pixels.
-
-    Linear solvers take it. Mean field does not: it wants a filter, which treats all labels alike, and a
-    compatibility that mixes them.
-    """
-
-    @property
-    @abc.abstractmethod
-    def spatial(self) -> tuple[int, ...]:
-        """The spatial shape of the maps."""
-
-    @property
-    @abc.abstractmethod
-    def num_labels(self) -> int:
-        """The labels of a pixel."""
-
-    @property
-    @abc.abstractmethod
-    def batch(self) -> tuple[int, ...]:
-        """The operator's own batch shape; maps broadcast against it."""
-
-    @property
-    @abc.abstractmethod
-    def is_symmetric(self) -> bool:
-        """Whether `K.T` is `K`, known from the structure alone."""
-
-    @property
-    @abc.abstractmethod
-    def T(self) -> "PixelLabelOperator":
-        """The transpose, exact: `⟨p, K q⟩ = ⟨K.T p, q⟩`."""
-
-    @abc.abstractmethod
-    def diagonal(self) -> Float[Array, "*batch_and_spatial labels"]:
-        """The diagonal: the weight of every pixel's every label in its own message."""
-
-    @abc.abstractmethod
-    def apply(self, q: Array) -> Array:
-        """`K q` of checked maps in float32 or wider."""
-
-    def __call__(
-        self, q: Float[Array, "*batch_and_spatial labels"]
-    ) -> Float[Array, "*batch_and_spatial labels"]:
-        """Applies the operator.
-
-        Args:
-            q: `[*batch, *spatial, labels]`; batch axes broadcast against the operator's.
-
-        Returns:
-            `K q` of the broadcast shape, in the type of `q`.
-
-        Raises:
-            ValueError: if spatial shape or labels are not the operator's, or `q` is not floating point.
-        """
-        return _apply(self, self.check(q))
-
-    def check(self, q: Any, name: str = "q") -> Array:
-        """Makes `q` an array with the operator's shape and broadcast batch, or raises."""
-        q = jnp.asarray(q)
-        shape = (*self.spatial, self.num_labels)
-        if q.shape[-len(shape) :] != shape:
-            raise ValueError(
-                f"{name}: got shape {q.shape}; expected [*batch, {', '.join(map(str, shape))}], "
-                "pixels and labels of what the operator was built from"
-            )
-        return broadcast_to_batch(q, len(shape), self.batch, name)
-
-
-# Compiled here, so that calls outside any `jit` compile once per shape.
-@jax.jit
-def _apply(k: PixelLabelOperator, q: Array) -> Array:
-    return k.apply(q.astype(jnp.promote_types(q.dtype, jnp.float32))).astype(q.dtype)
-
-
-def broadcast_to_batch(q: Array, ndim: int, batch: tuple[int, ...], name: str) -> Array:
-    """Broadcasts floating-point maps of `ndim` axes against an operator's batch, or raises."""
-    if not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(
-            f"{name}: got dtype {q.dtype}; expected floating point, e.g. {name}.astype('float32')"
-        )
-    own = q.shape[: q.ndim - ndim]
-    try:
-        joint = jnp.broadcast_shapes(own, batch)
-    except ValueError:
-        raise ValueError(
-            f"{name}: its batch axes {own} do not broadcast against the operator's {batch}"
-        ) from None
-    return q if joint == own else jnp.broadcast_to(q, (*joint, *q.shape[len(own) :]))
 
 
 class Gram(Immutable):
@@ -281,15 +189,8 @@ class PixelGram(Gram, Filter):
         if kind == "none":
             return bare
         ones = jnp.ones((*self.spatial, 1), self.embeddings.dtype)
-        sums = bare(ones)[..., 0] + NORMALIZATION_EPSILON
-        if kind == "symmetric":
-            scale = lax.rsqrt(sums)
-            return bare.replace(left=scale, right=scale)
-        return bare.replace(
-            left=1 / sums if kind == "after" else None,
-            right=1 / sums if kind == "before" else None,
-            symmetric_scales=False,
-        )
+        left, right = normalizing_scales(bare(ones)[..., 0], kind)
+        return bare.replace(left=left, right=right, symmetric_scales=kind == "symmetric")
 
     @property
     def restricts(self) -> bool:  # noqa: D102

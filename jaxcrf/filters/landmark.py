@@ -19,14 +19,13 @@ from jax import Array, lax
 
 from jaxcrf import _checks
 from jaxcrf.features import Features
+from jaxcrf.filters.arguments import read_features, read_weights
 from jaxcrf.filters.base import filter_pytree
 from jaxcrf.filters.gaussian import (
     GaussianFilter,
     Kernel,
     flat_batch,
     map_batch,
-    read_features,
-    read_weights,
 )
 from jaxcrf.filters.separable import SeparableKernel, is_position_only
 from jaxcrf_kernels._varying import varying_like

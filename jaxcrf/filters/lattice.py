@@ -25,14 +25,13 @@ from jaxtyping import Bool, Int
 
 from jaxcrf import _checks
 from jaxcrf._checks import Normalization
+from jaxcrf.filters.arguments import read_features, read_weights
 from jaxcrf.filters.base import filter_pytree
 from jaxcrf.filters.gaussian import (
     GaussianFilter,
     Kernel,
     flat_batch,
     map_batch,
-    read_features,
-    read_weights,
     row_sums,
 )
 from jaxcrf.filters.separable import SeparableKernel, is_position_only

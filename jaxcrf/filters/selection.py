@@ -6,8 +6,9 @@ from typing import Any, Literal, get_args
 
 import jax
 
+from jaxcrf.filters.arguments import read_features
 from jaxcrf.filters.dense import Dense
-from jaxcrf.filters.gaussian import GaussianFilter, read_features
+from jaxcrf.filters.gaussian import GaussianFilter
 from jaxcrf.filters.landmark import Landmark
 from jaxcrf.filters.lattice import Lattice
 

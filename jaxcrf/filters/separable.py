@@ -11,8 +11,9 @@ from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 
 from jaxcrf.features import Features
+from jaxcrf.filters.arguments import read_features, read_weights
 from jaxcrf.filters.base import filter_pytree
-from jaxcrf.filters.gaussian import GaussianFilter, Kernel, read_features, read_weights
+from jaxcrf.filters.gaussian import GaussianFilter, Kernel
 from jaxcrf_kernels._materialize import on_materialized
 
 # Up to this many taps a convolution is written out as shifted sums, which a CPU runs at the speed of its

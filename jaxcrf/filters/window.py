@@ -14,11 +14,12 @@ from jaxtyping import Float
 from jaxcrf import _checks
 from jaxcrf._checks import Normalization, check_normalization
 from jaxcrf.features import Features
+from jaxcrf.filters.arguments import read_features, read_weights
 from jaxcrf.filters.base import (
-    NORMALIZATION_EPSILON,
     Filter,
     filter_pytree,
     flatten_batch,
+    normalizing_scales,
 )
 from jaxcrf.filters.resampling import (
     average_pool,
@@ -107,33 +108,9 @@ class Window(Filter):
         spatial_ndim: int = 2,
         implementation: str | None = None,
     ):
-        _checks.check_spatial_ndim(spatial_ndim)
-        kernels = [
-            f if isinstance(f, Features) else Features(jnp.asarray(f))
-            for f in (features if isinstance(features, (tuple, list)) else (features,))
-        ]
-        if not kernels:
-            raise ValueError("features: got an empty tuple; pass the features of at least one kernel")
-        for f in kernels:
-            if f.values.ndim < spatial_ndim + 1:
-                raise ValueError(
-                    f"features: got shape {f.values.shape}; expected [*batch, {spatial_ndim} spatial axes, d] "
-                    "(spatial_ndim=3 for volumes)"
-                )
-            if 0 in f.values.shape[:-1]:
-                raise ValueError(f"features: got shape {f.values.shape}, which holds no pixel")
-            if f.position_bandwidths is not None and len(f.position_bandwidths) != spatial_ndim:
-                raise ValueError(
-                    f"features: positions along {len(f.position_bandwidths)} axes do not fit "
-                    f"spatial_ndim={spatial_ndim}"
-                )
-        shapes = {f.values.shape[-1 - spatial_ndim : -1] for f in kernels}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"features: kernels disagree in their spatial shape, {sorted(shapes)}; "
-                "build all from one image"
-            )
-        (spatial,) = shapes
+        kernels = read_features(features, spatial_ndim)
+        weights = read_weights(weights, len(kernels))
+        spatial = kernels[0].values.shape[-1 - spatial_ndim : -1]
         sizes: tuple[Any, ...] = tuple(filter_size) if np.ndim(filter_size) else (filter_size,) * spatial_ndim  # type: ignore[arg-type]
         if len(sizes) != spatial_ndim or any(not _checks.is_whole(k) or k < 1 or k % 2 == 0 for k in sizes):
             raise ValueError(
@@ -142,22 +119,11 @@ class Window(Filter):
             )
         if not _checks.is_whole(blur) or blur < 1:
             raise ValueError(f"blur: got {blur!r}; expected a whole number >= 1")
-        try:
-            jnp.broadcast_shapes(*(f.values.shape[: f.values.ndim - 1 - spatial_ndim] for f in kernels))
-        except ValueError:
-            batches = [f.values.shape[: f.values.ndim - 1 - spatial_ndim] for f in kernels]
-            raise ValueError(f"features: batch axes of the kernels do not broadcast, {batches}") from None
         select_implementation(implementation)
-        weights = _checks.as_float(weights)
-        if weights.shape not in ((), (len(kernels),)):
-            raise ValueError(
-                f"weights: got shape {weights.shape} for {len(kernels)} kernels; "
-                f"expected one number or ({len(kernels)},)"
-            )
         on_grid = [_to_grid(f, int(blur), spatial) for f in kernels]
         fields = {
             "features": tuple(values for values, _ in on_grid),
-            "weights": jnp.broadcast_to(weights, (len(kernels),)),
+            "weights": weights,
             "left": None,
             "right": None,
             "_spatial": spatial,
@@ -214,17 +180,9 @@ class Window(Filter):
             )
             sums.append(kernel(jnp.ones((*self._spatial, 1), self.weights.dtype)))
         batch = jnp.broadcast_shapes(*(x.shape for x in sums))
-        sums_all = (
-            jnp.concatenate([jnp.broadcast_to(x, batch) for x in sums], axis=-1) + NORMALIZATION_EPSILON
-        )
-        if kind == "symmetric":
-            scale = jax.lax.rsqrt(sums_all)
-            return bare.replace(left=scale, right=scale)
-        return bare.replace(
-            left=1 / sums_all if kind == "after" else None,
-            right=1 / sums_all if kind == "before" else None,
-            symmetric_scales=False,
-        )
+        joint = jnp.concatenate([jnp.broadcast_to(x, batch) for x in sums], axis=-1)
+        left, right = normalizing_scales(joint, kind)
+        return bare.replace(left=left, right=right, symmetric_scales=kind == "symmetric")
 
     @property
     def restricts(self) -> bool:  # noqa: D102
@@ -366,8 +324,7 @@ def _join_scales(first: Window, second: Window, side: str) -> Array | None:
 
 def _to_grid(f: Features, blur: int, spatial: tuple[int, ...]) -> tuple[Array, tuple[float, ...] | None]:
     """A kernel's features on the filter's grid, and the bandwidths of what became a table of offsets."""
-    values = _checks.as_float(f.values)
-    known = f.position_bandwidths
+    values, known = f.values, f.position_bandwidths
     # Cells that the border cuts have their mean position elsewhere: then positions stay features.
     if known is not None and all(n % blur == 0 for n in spatial):
         values, bandwidths = values[..., len(spatial) :], tuple(b / blur for b in known)

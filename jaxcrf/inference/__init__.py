@@ -17,3 +17,4 @@ from jaxcrf.inference.relaxation import InferenceResult as InferenceResult
 from jaxcrf.inference.relaxation import InferenceStats as InferenceStats
 from jaxcrf.inference.relaxation import relaxed_energy as relaxed_energy
 from jaxcrf.inference.relaxation import rounded_energy as rounded_energy
+from jaxcrf.inference.sparse_gaussian_crf import sparse_gaussian_crf as sparse_gaussian_crf

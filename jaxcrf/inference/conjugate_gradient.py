@@ -11,8 +11,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from jaxcrf import _checks
-from jaxcrf.filters import Filter
-from jaxcrf.filters.gram import PixelLabelOperator
+from jaxcrf.filters import Filter, PixelLabelOperator
 from jaxcrf_kernels._varying import varying_like
 
 Operator = Callable[[Array], Array]
@@ -277,6 +276,7 @@ def iterate(
     *,
     max_iterations: int,
     batch_ndim: int,
+    ritz_iterations: int = RITZ_ITERATIONS,
 ) -> tuple[Array, ConjugateGradientStats]:
     """The iterations themselves, not differentiable in reverse mode; for use inside a linear solve."""
     axes = tuple(range(batch_ndim, b.ndim))
@@ -294,7 +294,7 @@ def iterate(
     size = jnp.sqrt(inner(b, b))
     target = jnp.maximum(tolerance * size, absolute_tolerance / scale)
     epsilon = jnp.finfo(b.dtype).eps
-    places = jnp.arange(min(RITZ_ITERATIONS, max(1, max_iterations))).reshape(-1, *(1,) * b.ndim)
+    places = jnp.arange(min(ritz_iterations, max(1, max_iterations))).reshape(-1, *(1,) * b.ndim)
 
     def unfinished(s: _Iterate, limit: Array) -> Array:
         return (jnp.sqrt(s.rr) > limit) & (s.iterations < max_iterations) & ~s.stopped

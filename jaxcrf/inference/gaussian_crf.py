@@ -11,14 +11,15 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from jaxcrf import _checks
-from jaxcrf.filters import Filter
-from jaxcrf.filters.gram import PRECISION, EmbeddingKind, Gram, PixelGram, PixelLabelGram, PixelLabelOperator
+from jaxcrf.filters import Filter, PixelLabelOperator
+from jaxcrf.filters.gram import PRECISION, EmbeddingKind, Gram, PixelGram, PixelLabelGram
 from jaxcrf.inference.conjugate_gradient import (
     ConjugateGradientStats,
     Lanczos,
     check_max_iterations,
     iterate,
 )
+from jaxcrf.inference.factorization import Factor, factorise, relative_norm
 from jaxcrf_kernels._varying import varying_like
 
 Solver = Literal["auto", "cg", "direct"]
@@ -49,9 +50,11 @@ class GaussianCRFStats(NamedTuple):
         definite: whether the system is positive definite, so that the scores are the most probable ones. The direct
             solver knows from its factorisation; "cg" from `λ > s_max` and from every step it has made. If not, the
             direct solver's scores are still the solution of the linear system, and those of "cg" are not.
-        largest_eigenvalue: `s_max`, of the affinities `AᵀA` or `ÂᵀÂ`, estimated from below by Lanczos iterations.
-        condition: the condition number of the system that follows from it, `(λ + s_max) / λ` or
-            `(λ + (L - 1) s_max) / (λ - s_max)`; infinite if that is not definite. In float32, scores have about
+        largest_eigenvalue: `s_max`, of the affinities `AᵀA` or `ÂᵀÂ`, or of the weights of a grid's edges, estimated
+            from below by Lanczos iterations.
+        condition: the condition number of the system that follows from it and, for grids, from the smallest
+            eigenvalue; with embeddings `(λ + s_max) / λ` or `(λ + (L - 1) s_max) / (λ - s_max)`. Infinite if the
+            system is not definite. In float32, scores have about
             `1e-7 * condition` of relative error in the worst case.
     """
 
@@ -264,6 +267,7 @@ def solve_iteratively(
     *,
     tolerance: Array,
     max_iterations: int,
+    lanczos_iterations: int = LANCZOS_ITERATIONS,
 ) -> tuple[Array, GaussianCRFStats]:
     """Solves the system of `apply_system` by conjugate gradients, for any symmetric operator.
 
@@ -273,6 +277,8 @@ def solve_iteratively(
         regularization: `λ`.
         tolerance: relative residual.
         max_iterations: at most.
+        lanczos_iterations: for the extreme eigenvalues; of the filter of a Potts-type system these are extra
+            products, of others those that the solution needs anyway.
 
     Returns:
         The solution, differentiable implicitly, and how it was found.
@@ -283,7 +289,15 @@ def solve_iteratively(
     def solve(matvec: Callable[[Array], Array], rhs: Array) -> tuple[Array, ConjugateGradientStats]:
         zero = jnp.zeros((), b.dtype)
         return iterate(
-            matvec, rhs, None, frozen, zero, None, max_iterations=max_iterations, batch_ndim=batch_ndim
+            matvec,
+            rhs,
+            None,
+            frozen,
+            zero,
+            None,
+            max_iterations=max_iterations,
+            batch_ndim=batch_ndim,
+            ritz_iterations=lanczos_iterations,
         )
 
     def matvec(x: Array) -> Array:
@@ -296,12 +310,17 @@ def solve_iteratively(
         low, top = (
             jnp.broadcast_to(s, found.residual.shape)
             for s in extreme_eigenvalues(
-                still, (*still.batch, *still.spatial, 1), 1 + len(still.spatial), b.dtype
+                still,
+                (*still.batch, *still.spatial, 1),
+                1 + len(still.spatial),
+                b.dtype,
+                steps=lanczos_iterations,
             )
         )
-        smallest, largest = _potts_extremes(lam, low, top, b.shape[-1])
+        smallest, largest = potts_extremes(lam, low, top, b.shape[-1])
     else:
-        low = lam if isinstance(still, PixelLabelGram) else found.smallest_eigenvalue
+        seen = jnp.where(found.iterations > 0, found.smallest_eigenvalue, lam)
+        low = lam if isinstance(still, PixelLabelGram) else seen
         smallest, largest = low, jnp.maximum(found.largest_eigenvalue, low)
         top = largest - lam
     definite = ~found.indefinite & (smallest > 0)
@@ -317,7 +336,12 @@ def solve_iteratively(
 
 
 def extreme_eigenvalues(
-    operator: Callable[[Array], Array], shape: tuple[int, ...], ndim: int, dtype: Any
+    operator: Callable[[Array], Array],
+    shape: tuple[int, ...],
+    ndim: int,
+    dtype: Any,
+    *,
+    steps: int = LANCZOS_ITERATIONS,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
     """Estimates the smallest and the largest eigenvalue of symmetric operators, from within, by Lanczos iterations.
 
@@ -328,6 +352,7 @@ def extreme_eigenvalues(
         shape: of `v`.
         ndim: how many of its last axes are one item's.
         dtype: of `v`.
+        steps: how many products.
 
     Returns:
         The smallest and the largest Ritz value, one number each per item of the batch.
@@ -352,7 +377,7 @@ def extreme_eigenvalues(
     # The same start for all items, and not orthogonal to anything in particular.
     start = 1 + np.random.default_rng(0).normal(size=shape[len(batch) :])
     v, _ = normalize(jnp.broadcast_to(jnp.asarray(start, dtype), shape))
-    steps = min(LANCZOS_ITERATIONS, int(np.prod(shape[len(batch) :])))
+    steps = min(steps, int(np.prod(shape[len(batch) :])))
     zeros = jnp.zeros((steps, *batch), dtype)
     state = (v, jnp.zeros_like(v), zeros[0], zeros, zeros)
     state = varying_like(state, operator(v))
@@ -364,7 +389,7 @@ def _expand(x: Array, ndim: int) -> Array:
     return x.reshape(x.shape + (1,) * ndim)
 
 
-def _potts_extremes(lam: Array, low: Array, top: Array, num_labels: int) -> tuple[Array, Array]:
+def potts_extremes(lam: Array, low: Array, top: Array, num_labels: int) -> tuple[Array, Array]:
     """The extreme eigenvalues of a Potts-type system, from those of its filter: `λ + (L-1) s` and `λ - s`."""
     if num_labels == 1:  # nothing to disagree with
         return jnp.broadcast_to(lam, top.shape), jnp.broadcast_to(lam, top.shape)
@@ -399,38 +424,6 @@ def _scale(affinities: Any, regularization: Array, scaling: str | None) -> Any:
     return affinities.replace(embeddings=embeddings * scale)
 
 
-class _Factor(NamedTuple):
-    """A factorisation of a batch of small symmetric matrices.
-
-    Attributes:
-        matrix: Cholesky's lower factors where all matrices are definite; otherwise the packed factors of LU.
-        permutation: the pivots of LU, as a permutation of the rows.
-        definite: whether a matrix is, one of each.
-    """
-
-    matrix: Array
-    permutation: Array
-    definite: Array
-
-    def solve(self, t: Array) -> Array:
-        """`M⁻¹ t`, `[*batch, D, columns]`; the batch broadcasts."""
-        batch = jnp.broadcast_shapes(t.shape[:-2], self.definite.shape)
-        t = jnp.broadcast_to(t, (*batch, *t.shape[-2:]))
-        matrix = jnp.broadcast_to(self.matrix, (*batch, *self.matrix.shape[-2:]))
-        permutation = jnp.broadcast_to(self.permutation, (*batch, self.permutation.shape[-1]))
-
-        def by_cholesky() -> Array:
-            y = lax.linalg.triangular_solve(matrix, t, left_side=True, lower=True)
-            return lax.linalg.triangular_solve(matrix, y, left_side=True, lower=True, transpose_a=True)
-
-        def by_lu() -> Array:
-            y = jnp.take_along_axis(t, permutation[..., None], axis=-2)
-            y = lax.linalg.triangular_solve(matrix, y, left_side=True, lower=True, unit_diagonal=True)
-            return lax.linalg.triangular_solve(matrix, y, left_side=True, lower=False)
-
-        return lax.cond(self.definite.all(), by_cholesky, by_lu)
-
-
 class _Factors(NamedTuple):
     """The factorisations of `λI + c A Aᵀ` that the direct solver needs.
 
@@ -439,8 +432,8 @@ class _Factors(NamedTuple):
         deviation: `c = -1`, the deviations from that mean; None where there are none.
     """
 
-    mean: _Factor
-    deviation: _Factor | None
+    mean: Factor
+    deviation: Factor | None
 
     @property
     def definite(self) -> Array:
@@ -450,18 +443,9 @@ class _Factors(NamedTuple):
 
 def _factorise(kind: str, dual: Array, regularization: Array, num_labels: int) -> _Factors:
     mean, deviation = (
-        None if c is None else _factorise_one(m)
-        for c, m in _small_systems(kind, dual, regularization, num_labels)
+        None if c is None else factorise(m) for c, m in _small_systems(kind, dual, regularization, num_labels)
     )
     return _Factors(mean, deviation)  # type: ignore[arg-type]
-
-
-def _relative_norm(r: Array, b: Array, axes: tuple[int, ...]) -> Array:
-    """`‖r‖ / ‖b‖`, of numbers whose squares may leave the floating-point range."""
-    scale = jnp.max(jnp.abs(b), axis=axes, keepdims=True)
-    scale = jnp.where((scale > 0) & (scale < jnp.inf), scale, 1)
-    size = jnp.sqrt(jnp.sum((b / scale) ** 2, axis=axes))
-    return jnp.sqrt(jnp.sum((r / scale) ** 2, axis=axes)) / jnp.where(size > 0, size, 1)
 
 
 def _small_systems(
@@ -473,21 +457,6 @@ def _small_systems(
         return (1, ridge + dual), (None, ridge)
     count = num_labels - 1
     return (count, ridge + count * dual), (-1 if count else None, ridge - dual)
-
-
-def _factorise_one(matrix: Array) -> _Factor:
-    """By Cholesky; where that fails, by LU with pivots."""
-    lower = lax.linalg.cholesky(matrix, symmetrize_input=False)
-    definite = jnp.isfinite(jnp.diagonal(lower, axis1=-2, axis2=-1)).all(-1)
-    order = jnp.broadcast_to(jnp.arange(matrix.shape[-1], dtype=jnp.int32), matrix.shape[:-1])
-    order = varying_like(order, matrix)
-
-    def by_lu() -> tuple[Array, Array]:
-        lu, _, permutation = lax.linalg.lu(matrix)
-        return lu, permutation
-
-    factors, permutation = lax.cond(definite.all(), lambda: (lower, order), by_lu)
-    return _Factor(factors, permutation, definite)
 
 
 def _solve_directly(
@@ -516,7 +485,7 @@ def _solve_directly(
 
     def solve(matvec: Callable[[Array], Array], rhs: Array) -> tuple[Array, Array]:
         x = once(rhs)
-        return x, _relative_norm(rhs - matvec(x), rhs, axes)
+        return x, relative_norm(rhs - matvec(x), rhs, axes)
 
     def matvec(x: Array) -> Array:
         return apply_system(affinities, regularization, x)
@@ -531,7 +500,7 @@ def _solve_directly(
     if affinities.kind == "general":
         smallest, largest = lam, lam + top
     else:
-        smallest, largest = _potts_extremes(lam, jnp.zeros_like(top), top, num_labels)
+        smallest, largest = potts_extremes(lam, jnp.zeros_like(top), top, num_labels)
     definite = jnp.broadcast_to(factors.definite & (lam > 0), residual.shape) & ~(smallest <= 0)
     stats = GaussianCRFStats(
         iterations=jnp.zeros(residual.shape, jnp.int32),

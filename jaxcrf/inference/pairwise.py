@@ -8,7 +8,7 @@ from jax import Array
 
 from jaxcrf import _checks
 from jaxcrf.compatibility import as_compatibility
-from jaxcrf.filters import Diagonal, Filter
+from jaxcrf.filters import Diagonal, Filter, PixelLabelOperator
 
 
 class PairwiseTerm(NamedTuple):
@@ -34,7 +34,7 @@ def pairwise_terms(pairwise: Any, num_labels: int, *, exclude_self: bool = False
         TypeError: if something else stands where a filter should.
         ValueError: if a compatibility has the wrong shape or filters are over different images.
     """
-    if isinstance(pairwise, Filter):
+    if isinstance(pairwise, (Filter, PixelLabelOperator)):
         pairwise = [pairwise]
     if not isinstance(pairwise, Sequence):
         raise TypeError(
@@ -43,6 +43,12 @@ def pairwise_terms(pairwise: Any, num_labels: int, *, exclude_self: bool = False
     terms = []
     for item in pairwise:
         k, compatibility = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, 1.0)
+        if isinstance(k, PixelLabelOperator):
+            raise TypeError(
+                f"pairwise: got {type(k).__name__}, which mixes labels as well as pixels; expected a filter, which "
+                "treats all labels alike, and a compatibility that mixes them. Linear solvers take such operators: "
+                "use gaussian_crf or sparse_gaussian_crf with kind='general', or embeddings and edges of kind='potts'"
+            )
         if not isinstance(k, Filter):
             raise TypeError(
                 f"pairwise: got {type(k).__name__} where a filter should stand; expected a filter or a list of "

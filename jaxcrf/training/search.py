@@ -35,7 +35,7 @@ from jaxcrf import _checks, presets
 from jaxcrf._checks import Normalization
 from jaxcrf.features import bilateral_features, position_features
 from jaxcrf.filters import Filter, Lattice, Window
-from jaxcrf.filters.base import NORMALIZATION_EPSILON
+from jaxcrf.filters.base import normalizing_scales
 from jaxcrf.inference.mean_field import mean_field
 from jaxcrf.metrics import confusion_matrix, mean_iou, pixel_accuracy
 from jaxcrf.presets import Preset
@@ -682,16 +682,10 @@ def _inside(k: Lattice, size: Any, kind: Normalization) -> Lattice:
     scales = []
     for kernel in k.kernels:
         one = k.replace(kernels=(kernel,), weights=k.weights[:1], left=(None,), right=(None,))
-        sums = one(mask[..., None])[..., 0] + NORMALIZATION_EPSILON
-        root = jnp.where(inside, lax.rsqrt(sums), 0)
-        both = {
-            "before": (None, mask / sums),
-            "after": (mask / sums, mask),
-            "symmetric": (root, root),
-        }
-        scales.append(both[kind])
-    left, right = zip(*scales, strict=True)
-    return k.replace(left=left, right=right, symmetric_scales=kind == "symmetric")
+        left, right = normalizing_scales(one(mask[..., None])[..., 0], kind)
+        scales.append((None if left is None else left * mask, mask if right is None else right * mask))
+    lefts, rights = zip(*scales, strict=True)
+    return k.replace(left=lefts, right=rights, symmetric_scales=kind == "symmetric")
 
 
 @functools.partial(jax.jit, static_argnames=("num_iterations", "unary", "num_labels", "ignore_label"))

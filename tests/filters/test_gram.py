@@ -9,7 +9,8 @@ import pytest
 
 import jaxcrf
 from filter_suite import FilterSuite, assert_close
-from jaxcrf.filters import Diagonal, Filter, Gram, PixelLabelOperator, Window
+from jaxcrf.filters import Diagonal, Filter, Gram, Window
+from pixel_label_suite import PixelLabelSuite
 
 
 def embeddings(*shape, seed=0, positive=True):
@@ -50,36 +51,18 @@ def test_the_potts_kind_is_the_matrix_of_inner_products(name):
     assert isinstance(K, Filter)
 
 
-class TestGeneralGram:
+class TestGeneralGram(PixelLabelSuite):
     CASES: ClassVar = {
         "image": lambda: Gram(embeddings(4, 5, 3, 6, positive=False), kind="general"),
         "batch": lambda: Gram(embeddings(2, 4, 5, 3, 6, positive=False), kind="general"),
         "volume": lambda: Gram(embeddings(2, 3, 4, 2, 5, positive=False), kind="general", spatial_ndim=3),
     }
 
-    @pytest.fixture
-    def K(self, case):
-        return self.CASES[case]()
-
-    def maps(self, K, seed=1, batch=None):
-        shape = (*(K.batch if batch is None else batch), *K.spatial, K.num_labels)
-        return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    PARAMETER: ClassVar = "embeddings"
 
     def matrix(self, K):
         e = np.asarray(K.embeddings, np.float64).reshape(*K.batch, -1, K.rank)
         return e @ np.swapaxes(e, -1, -2)
-
-    def test_it_is_the_matrix_of_inner_products(self, K):
-        q, matrix = self.maps(K), self.matrix(K)
-        flat = q.reshape(*K.batch, -1, 1)
-        assert_close(K(q), (matrix @ flat).reshape(q.shape), (np.abs(matrix) @ np.abs(flat)).max())
-        assert_close(K.diagonal(), np.diagonal(matrix, axis1=-2, axis2=-1).reshape(q.shape))
-        p = self.maps(K, seed=2)
-        assert_close(np.vdot(p, K(q)), np.vdot(K.T(p), q), np.vdot(np.abs(p), np.abs(np.asarray(K(q)))))
-        assert K.is_symmetric
-        assert isinstance(K, PixelLabelOperator)
-        assert isinstance(K, Gram)
-        assert not isinstance(K, Filter)
 
     def test_its_dual_and_quadratic_form(self, K):
         e = np.asarray(K.embeddings, np.float64).reshape(*K.batch, -1, K.rank)
@@ -93,50 +76,6 @@ class TestGeneralGram:
         )
         found = K.quadratic_form(jnp.asarray(lower, jnp.float32))
         assert_close(found, expected.reshape(found.shape), 10)
-
-    def test_transforms(self, case, K):
-        q = self.maps(K, batch=(2, *K.batch))
-        together = K(q)
-        assert_close(jax.vmap(K)(q), together)
-        for item in range(2):
-            assert_close(together[item], K(q[item]))
-        compiled = jax.jit(lambda K, q: K(q))
-        compiled(K, q)
-        assert_close(compiled(self.CASES[case](), q), together)
-        assert compiled._cache_size() == 1
-        assert K(jnp.asarray(q, jnp.bfloat16)).dtype == jnp.bfloat16
-
-    def test_gradients_agree_with_finite_differences_in_float64(self, K):
-        with jax.enable_x64(True):
-            rng = np.random.default_rng(0)
-            e, q, g = (
-                jnp.asarray(x, jnp.float64) for x in (K.embeddings, self.maps(K), self.maps(K, seed=3))
-            )
-
-            @jax.jit
-            def value(e, q):
-                return jnp.sum(g * K.replace(embeddings=e)(q))
-
-            along = [jnp.asarray(rng.normal(size=x.shape)) for x in (e, q)]
-            step = 1e-5
-            expected = (
-                value(e + step * along[0], q + step * along[1])
-                - value(e - step * along[0], q - step * along[1])
-            ) / (2 * step)
-            _, found = jax.jvp(value, (e, q), tuple(along))
-            reverse = sum(jnp.vdot(a, b) for a, b in zip(jax.grad(value, (0, 1))(e, q), along, strict=True))
-            np.testing.assert_allclose([found, reverse], expected, rtol=1e-6, atol=1e-6)
-
-    def test_maps_of_another_shape_are_refused(self, K):
-        with pytest.raises(ValueError, match="q: got shape"):
-            K(np.zeros((*K.spatial, K.num_labels + 1), np.float32))
-        with pytest.raises(ValueError, match="floating point"):
-            K(np.zeros((*K.spatial, K.num_labels), np.int32))
-
-    def test_mean_field_refuses_it(self, K):
-        for pairwise in (K, [(K, 1.0)]):
-            with pytest.raises(TypeError, match="pairwise: got PixelLabelGram"):
-                jaxcrf.mean_field(self.maps(K), pairwise)
 
 
 def test_mean_field_takes_the_potts_kind():
