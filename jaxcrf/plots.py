@@ -1,4 +1,4 @@
-"""Pictures of labellings: overlays, side-by-side grids, and what a refinement changed.
+"""Pictures: overlays, side-by-side grids, what a refinement changed, pairwise terms and uncertainties.
 
 Figures are made without pyplot: nothing is global, nothing needs a display, and nothing has to be closed.
 Show one in a notebook by making it the last value of a cell, or store it with `save_figure`.
@@ -11,14 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Int, Num, UInt8
+from jaxtyping import Float, Int, Num, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from jaxcrf.data.images import replacing, voc_palette
+from jaxcrf.filters import Filter, PixelLabelOperator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -259,6 +261,161 @@ def refinement_figure(
     return figure
 
 
+def affinity(
+    K: Filter | PixelLabelOperator,
+    pixels: Sequence[int] | Sequence[Sequence[int]],
+    *,
+    image: Num[Array | np.ndarray, "height width *channels"] | None = None,
+    labels: tuple[int, Sequence[int]] | None = None,
+    label_names: Sequence[str] | None = None,
+    panel_width: float = 3.0,
+) -> Figure:
+    r"""Shows what reference pixels have to do with all others: a picture of the pairwise terms `K_{ij}`.
+
+    Each row is one reference pixel `i`, marked by a ring; its pictures hold `K e_i`, for a filter one number per pixel
+    `j`, for an operator that mixes labels one for every label of `j`, given a label of `i`. For a `Gram` these
+    are the inner products of embeddings. Zero is white; positive terms, which keep scores from being
+    large together, are orange, negative ones blue; the scale of a row leaves the reference pixel itself out.
+
+    Args:
+        K: any filter or operator over one image.
+        pixels: the reference pixels, `(y, x)` or several of those, in pixels of `K`.
+        image: if given, the first picture of every row; of any size, for a `K` that works on a coarser grid.
+        labels: for operators that mix labels, the label of the reference pixel and those of the others to
+            show; None for label 0 and up to four.
+        label_names: the labels' names, for titles.
+        panel_width: the width of one picture in inches.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: if `K` has batch axes, or a pixel or label is outside.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxcrf.filters import Gram
+        >>> embeddings = jnp.eye(2)[jnp.array([[0, 0, 1], [0, 1, 1]])]
+        >>> figure = affinity(Gram(embeddings, kind="potts"), (0, 0), image=np.zeros((8, 12, 3), np.uint8))
+        >>> [axes.get_title() for axes in figure.axes]
+        ['reference pixel', 'pairwise terms']
+
+    References:
+        Chandra, Usunier and Kokkinos, 2017, fig. 3 and 4.
+    """
+    if K.batch:
+        raise ValueError(f"K: got batch axes {K.batch}; pass the filter of one image")
+    if len(K.spatial) != 2:
+        raise ValueError(f"K: got spatial axes {K.spatial}; only filters over images have pictures")
+    references = [tuple(map(int, p)) for p in np.atleast_2d(np.asarray(pixels))]
+    for reference in references:
+        if len(reference) != 2 or any(not 0 <= c < n for c, n in zip(reference, K.spatial, strict=True)):
+            raise ValueError(f"pixels: got {reference}; expected (y, x) inside {K.spatial}")
+    count, mine, theirs = 1, 0, [0]
+    titles = ["pairwise terms"]
+    if isinstance(K, PixelLabelOperator):
+        count = K.num_labels
+        mine, theirs = (0, list(range(min(4, count)))) if labels is None else (labels[0], list(labels[1]))
+        named = _names([mine, *theirs], count, label_names)
+        titles = [f"{named[0]} – {other}" for other in named[1:]]
+
+    rows = []
+    for y, x in references:
+        terms = np.asarray(K(jnp.zeros((*K.spatial, count)).at[y, x, mine].set(1)))[..., theirs]
+        others = terms.copy()
+        others[y, x] = 0
+        limit = np.abs(others).max()
+        pictures = [_diverging(terms[..., k], limit) for k in range(len(theirs))]
+        rows.append([_rgb("image", image), *pictures] if image is not None else pictures)
+    if image is not None:
+        titles = ["reference pixel", *titles]
+    shapes = [[picture.shape for picture in row] for row in rows]
+    figure, axes = _panels(shapes, panel_width, titled=True, legends=[])
+    for r, (row, (y, x)) in enumerate(zip(rows, references, strict=True)):
+        for panel, picture, title in zip(axes[r], row, titles, strict=True):
+            _show(panel, picture, title if r == 0 else None)
+            height, width = (n / m for n, m in zip(picture.shape, K.spatial, strict=False))
+            place = ((x + 0.5) * width - 0.5, (y + 0.5) * height - 0.5)
+            for color, thickness in (("white", 3.0), ("black", 1.2)):
+                panel.plot(*place, "o", markersize=9, mfc="none", mec=color, mew=thickness)
+    return figure
+
+
+def uncertainty(
+    image: Num[Array | np.ndarray, "height width *channels"],
+    scores: Float[Array | np.ndarray, "rows columns labels"],
+    variances: Float[Array | np.ndarray, "rows columns labels"],
+    *,
+    palette: UInt8[np.ndarray, "colors 3"] | None = None,
+    label_names: Sequence[str] | None = None,
+    panel_width: float = 3.0,
+) -> Figure:
+    r"""Shows how sure a Gaussian CRF is: image, labels, standard deviations, and the chance of the runner-up.
+
+    The third picture is :math:`σ` of the winning label's score, from white for the smallest to dark for the largest.
+    The fourth is the chance that the second label's score is the larger one, taken as if the two were independent,
+    :math:`Φ\bigl(-(x_1 - x_2) / \sqrt{σ_1^2 + σ_2^2}\bigr)`, from white for none to dark for a half.
+
+    Args:
+        image: `[H, W, 3]`, or `[H, W]` for gray, in 0 … 255.
+        scores: `[h, w, labels]`, at least two labels, of any resolution.
+        variances: likewise.
+        palette: one RGB colour per label, `[colors, 3]`; None means Pascal VOC's.
+        label_names: the labels' names for a legend; None for no legend.
+        panel_width: the width of one picture in inches.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: if shapes disagree, or variances are not positive numbers, as of a system that is not definite.
+
+    Example:
+        >>> import jaxcrf
+        >>> unary = np.random.default_rng(0).normal(size=(4, 6, 3)).astype(np.float32)
+        >>> result = jaxcrf.sparse_gaussian_crf(
+        ...     np.full((4, 6, 2), 0.1), unary, kind="potts", regularization=1.0, variances=True
+        ... )
+        >>> figure = uncertainty(np.zeros((4, 6, 3)), result.scores, result.variances)
+        >>> [axes.get_title() for axes in figure.axes]
+        ['image', 'labels', 'σ of the winner', 'chance of the runner-up']
+    """
+    x, v = np.asarray(scores, np.float64), np.asarray(variances, np.float64)
+    if x.ndim != 3 or x.shape[-1] < 2 or x.shape != v.shape:
+        raise ValueError(
+            f"scores, variances: got shapes {x.shape} and {v.shape}; expected [rows, columns, labels] of both, "
+            "with two labels or more"
+        )
+    if not (v > 0).all():
+        raise ValueError("variances: hold NaN or numbers <= 0; only definite systems have variances")
+    order = np.argsort(-x, axis=-1)[..., :2]
+    (first, second), (v1, v2) = (np.moveaxis(np.take_along_axis(a, order, -1), -1, 0) for a in (x, v))
+    z = (first - second) / np.sqrt(2 * (v1 + v2))
+    chance = 0.5 * np.vectorize(math.erfc)(z)
+    deviation = np.sqrt(v1)
+    spread = deviation.max() - deviation.min()
+    shares = (deviation - deviation.min()) / (spread if spread > 0 else 1)
+    winners = order[..., 0]
+    pictures = {
+        "image": _rgb("image", image),
+        "labels": _painted(winners, palette, None),
+        "σ of the winner": _shaded(shares),
+        "chance of the runner-up": _shaded(2 * chance),
+    }
+    ends = {2.5: (f"{deviation.min():.3g}", f"{deviation.max():.3g}"), 3.5: ("0", "½")}
+    legends = [
+        _Legend([_patch((255, 255, 255), low), _patch(_SHADE, high)], center, panel_width)
+        for center, (low, high) in ends.items()
+    ]
+    if label_names is not None:
+        names = _label_patches(np.unique(winners).tolist(), label_names, palette)
+        legends.append(_Legend(names, 1.0, 2 * panel_width))
+    figure, axes = _panels([[p.shape for p in pictures.values()]], panel_width, titled=True, legends=legends)
+    for panel, (title, picture) in zip(axes[0], pictures.items(), strict=True):
+        _show(panel, picture, title)
+    return figure
+
+
 def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: float = 150) -> None:
     """Writes a figure, in the format that the suffix names.
 
@@ -285,6 +442,32 @@ def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: float = 150) ->
         raise ValueError(f"{path}: has no suffix of a figure format; use one of {', '.join(sorted(kinds))}")
     with replacing(path) as file:
         figure.savefig(file, format=kind, dpi=dpi)
+
+
+def _names(labels: Sequence[int], count: int, names: Sequence[str] | None) -> list[str]:
+    for label in labels:
+        if not 0 <= label < count:
+            raise ValueError(f"labels: got {label}; expected labels from 0 to {count - 1}")
+    if names is not None and len(names) < count:
+        raise ValueError(f"label_names: got {len(names)} names for {count} labels; name every label")
+    return [str(label) if names is None else names[label] for label in labels]
+
+
+# What pictures of numbers fade to from white: blue and orange for the two signs, and one shade for amounts.
+_NEGATIVE, _POSITIVE, _SHADE = (0, 86, 150), (190, 80, 0), (60, 24, 90)
+
+
+def _diverging(values: np.ndarray, limit: float) -> np.ndarray:
+    """White for zero, deeper colours for larger magnitudes, which count as `limit` beyond it."""
+    share = np.clip(values / limit if limit > 0 else np.zeros_like(values), -1, 1)[..., None]
+    color = np.where(share < 0, np.array(_NEGATIVE), np.array(_POSITIVE))
+    return np.round(255 + np.abs(share) * (color - 255)).astype(np.uint8)
+
+
+def _shaded(shares: np.ndarray) -> np.ndarray:
+    """White for 0, dark for 1."""
+    share = np.clip(shares, 0, 1)[..., None]
+    return np.round(255 + share * (np.array(_SHADE) - 255)).astype(np.uint8)
 
 
 def _rgb(name: str, image: Any) -> np.ndarray:

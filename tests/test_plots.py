@@ -7,6 +7,7 @@ from PIL import Image
 
 from jaxcrf import plots
 from jaxcrf.data import voc_palette
+from jaxcrf.filters import Gram, Grid
 
 GRAY = np.full((6, 8, 3), 100, np.uint8)
 LABELS = np.zeros((6, 8), int)
@@ -185,3 +186,85 @@ def test_save_figure_refuses_an_unknown_suffix(tmp_path):
 def test_pyplot_stays_unloaded():
     code = "import sys, jaxcrf.plots; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def edge_grid():
+    edges = np.zeros((4, 5, 2), np.float32)
+    edges[1, 2] = [3.0, -1.5]  # from (1, 2) to the right and down
+    return Grid(edges, connectivity=4, kind="potts")
+
+
+def test_affinities_are_the_terms_of_the_reference_pixel():
+    figure = plots.affinity(edge_grid(), (1, 2))
+    [axes] = figure.axes
+    picture = axes.images[0].get_array()
+    assert axes.get_title() == "pairwise terms"
+    np.testing.assert_array_equal(picture[1, 3], [190, 80, 0])  # the strongest positive term
+    assert picture[2, 2, 2] > picture[2, 2, 0]  # half of it, and negative: bluish
+    others = np.ones((4, 5), bool)
+    others[1, 3] = others[2, 2] = False
+    assert (picture[others] == 255).all()
+    assert [tuple(line.get_xydata()[0]) for line in axes.lines] == [(2.0, 1.0)] * 2  # the ring
+
+
+def test_affinities_of_several_pixels_beside_a_larger_image():
+    figure = plots.affinity(edge_grid(), [(1, 2), (0, 0)], image=np.zeros((8, 10, 3), np.uint8))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["reference pixel", "pairwise terms", "", ""]
+    assert tuple(figure.axes[0].lines[0].get_xydata()[0]) == (4.5, 2.5)
+    assert (figure.axes[3].images[0].get_array() == 255).all()  # it has no edges
+    assert rendered(figure).shape[2] == 3
+
+
+def test_affinities_of_label_pairs():
+    embeddings = np.random.default_rng(0).normal(size=(4, 5, 3, 2)).astype(np.float32)
+    K = Gram(embeddings, kind="general")
+    titles = [axes.get_title() for axes in plots.affinity(K, (0, 0)).axes]
+    assert titles == ["0 – 0", "0 – 1", "0 – 2"]
+    figure = plots.affinity(K, (0, 0), labels=(2, [1]), label_names=["road", "car", "sky"])
+    [axes] = figure.axes
+    assert axes.get_title() == "sky – car"
+    terms = embeddings[..., 1, :] @ embeddings[0, 0, 2]
+    positive = axes.images[0].get_array()[..., 0] > axes.images[0].get_array()[..., 2]
+    np.testing.assert_array_equal(positive[np.abs(terms) > 0.1], (terms > 0)[np.abs(terms) > 0.1])
+
+
+def test_affinities_refuse_bad_input():
+    with pytest.raises(ValueError, match=r"pixels: got \(4, 0\); expected \(y, x\) inside \(4, 5\)"):
+        plots.affinity(edge_grid(), (4, 0))
+    with pytest.raises(ValueError, match=r"K: got batch axes \(2,\)"):
+        plots.affinity(Gram(np.ones((2, 3, 4, 1)), kind="potts"), (0, 0))
+    with pytest.raises(ValueError, match="only filters over images"):
+        plots.affinity(Gram(np.ones((2, 3, 4, 1)), kind="potts", spatial_ndim=3), (0, 0))
+    K = Gram(np.ones((3, 4, 2, 1)), kind="general")
+    with pytest.raises(ValueError, match="labels: got 2; expected labels from 0 to 1"):
+        plots.affinity(K, (0, 0), labels=(0, [2]))
+    with pytest.raises(ValueError, match="label_names: got 1 names for 2 labels"):
+        plots.affinity(K, (0, 0), label_names=["road"])
+
+
+def test_uncertainty_shows_deviations_and_doubts():
+    scores = np.zeros((2, 3, 2))
+    scores[..., 1] = [[0.0, 1.0, 8.0], [0.0, 1.0, -8.0]]
+    variances = np.ones((2, 3, 2))
+    variances[0] = 4.0
+    figure = plots.uncertainty(GRAY, scores, variances, label_names=["road", "car"])
+    axes = dict(zip(["image", "labels", "deviation", "chance"], figure.axes, strict=True))
+    deviation = axes["deviation"].images[0].get_array()
+    assert (deviation[1] == 255).all()  # the least uncertain
+    np.testing.assert_array_equal(deviation[0], np.tile([60, 24, 90], (3, 1)))
+    chance = axes["chance"].images[0].get_array()
+    np.testing.assert_array_equal(chance[:, 0], np.tile([60, 24, 90], (2, 1)))  # a tie
+    assert (chance[1, 2] >= 254).all()  # no doubt
+    # Φ(-1 / √2) of one half: from the error function's table.
+    np.testing.assert_allclose(chance[1, 1], 255 + 2 * 0.23975 * (np.array([60, 24, 90]) - 255), atol=1)
+    texts = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
+    assert {"1", "2", "0", "½", "road", "car"} == texts
+
+
+def test_uncertainty_refuses_bad_input():
+    scores = np.zeros((2, 3, 2))
+    with pytest.raises(ValueError, match=r"got shapes \(2, 3, 2\) and \(2, 3, 1\)"):
+        plots.uncertainty(GRAY, scores, np.ones((2, 3, 1)))
+    with pytest.raises(ValueError, match="variances: hold NaN"):
+        plots.uncertainty(GRAY, scores, np.full((2, 3, 2), np.nan))
