@@ -12,7 +12,9 @@ All in float32, on random embeddings:
   both reach in float32,
 - a system with eigenvalues from 1 to 10⁴, where "auto" is direct, against SciPy's conjugate gradients: time, and
   error against a float64 solution,
-- the same for Potts-type embeddings.
+- the same for Potts-type embeddings,
+- Potts-type edges of a grid: "direct" against SciPy's sparse LU factorisations of the same two systems, "cg" against
+  `scipy.sparse.linalg.cg` on the whole one.
 
 Both sides of a ratio are timed in turns, several rounds of each with pauses between them (NumPy's threads go on
 spinning for a while), so that a busy machine slows both. Ratios are of the fastest runs, medians are there too.
@@ -31,10 +33,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+import scipy.sparse
 import scipy.sparse.linalg
 
 import jaxcrf
 from jaxcrf import reporting
+from jaxcrf.filters.grid import OFFSETS, edges_inside
 
 # kind, height, width, labels, D
 SIZES = [
@@ -45,6 +49,9 @@ SIZES = [
     ("potts", 101, 101, 21, 128),
     ("potts", 101, 101, 21, 1024),
 ]
+# height, width, labels, connectivity
+SPARSE_SIZES = [(41, 41, 21, 4), (41, 41, 21, 8), (101, 101, 21, 4)]
+SMOKE_SPARSE = [(7, 6, 3, 4), (6, 7, 3, 12)]
 SMOKE_SIZES = [("general", 7, 6, 3, 8), ("potts", 7, 6, 3, 8)]
 PAUSE_S = 0.02
 CG_TOLERANCE = 1e-5
@@ -235,7 +242,10 @@ def ill_conditioned(height: int, width: int, labels: int, d: int, rounds: int) -
         jnp.asarray(e.reshape(height, width, labels, d)),
         jnp.asarray(b.reshape(height, width, labels)),
     )
-    by_scipy = lambda: scipy.sparse.linalg.cg(operator, b, rtol=1e-6)  # noqa: E731
+
+    def by_scipy() -> Any:
+        return scipy.sparse.linalg.cg(operator, b, rtol=1e-6)
+
     counted: list[Any] = []
     x, _ = scipy.sparse.linalg.cg(operator, b, rtol=1e-6, callback=lambda x: counted.append(None))
     result = program()
@@ -256,6 +266,89 @@ def ill_conditioned(height: int, width: int, labels: int, d: int, rounds: int) -
         f"{row['errors']['scipy']:.1e}; {row['scipy over auto']:.1f} times faster",
         flush=True,
     )
+    return row
+
+
+def sparse(height: int, width: int, labels: int, connectivity: int, rounds: int) -> dict[str, Any]:
+    """Potts-type edges of a grid."""
+    rng = np.random.default_rng(0)
+    edges = rng.normal(size=(height, width, connectivity // 2)).astype(np.float32)
+    b = rng.normal(size=(height, width, labels)).astype(np.float32)
+    y, x, e = np.nonzero(edges_inside((height, width), connectivity))
+    steps = np.array(OFFSETS)[e]
+    starts, ends = y * width + x, (y + steps[:, 0]) * width + x + steps[:, 1]
+    weights = scipy.sparse.coo_matrix((edges[y, x, e], (starts, ends)), shape=(height * width,) * 2)
+    weights = (weights + weights.T).tocsc()
+    # Definite, with a condition number of about ten.
+    low, high = (float(scipy.sparse.linalg.eigsh(weights, 1, which=w)[0][0]) for w in ("SA", "LA"))
+    regularization = np.float32(1.2 * max(high, -(labels - 1) * low))
+    flat = b.reshape(-1, labels)
+
+    def by_lu() -> np.ndarray:
+        mean = flat.mean(-1, keepdims=True)
+        parts = []
+        for scale, rhs in ((np.float32(labels - 1), mean), (np.float32(-1), flat - mean)):
+            system = scale * weights + scipy.sparse.diags_array(np.full(height * width, regularization))
+            parts.append(scipy.sparse.linalg.splu(system.tocsc()).solve(rhs))
+        return parts[0] + parts[1]
+
+    by_rows = weights.tocsr()
+
+    def matvec(v: np.ndarray) -> np.ndarray:
+        v = v.reshape(-1, labels)
+        return (by_rows @ mixed(v) + regularization * v).ravel()
+
+    unknowns = flat.size
+    operator = scipy.sparse.linalg.LinearOperator((unknowns, unknowns), matvec=matvec, dtype=np.float32)
+    runs: dict[str, Callable[[], Any]] = {}
+    compilation: dict[str, Any] = {}
+    for solver in ("direct", "cg"):
+
+        def solve(edges: jax.Array, b: jax.Array, r: jax.Array, solver: str = solver) -> Any:
+            return jaxcrf.sparse_gaussian_crf(
+                edges,
+                b,
+                kind="potts",
+                regularization=r,
+                connectivity=connectivity,
+                solver=solver,
+                tolerance=CG_TOLERANCE,
+            )
+
+        def loss(
+            edges: jax.Array, b: jax.Array, r: jax.Array, solve: Callable[..., Any] = solve
+        ) -> jax.Array:
+            return jnp.vdot(b, solve(edges, b, r).scores ** 2)
+
+        operands = (jnp.asarray(edges), jnp.asarray(b), regularization)
+        for name, function in {
+            solver: solve,
+            f"{solver}, value and gradient": jax.value_and_grad(loss, (0, 1, 2)),
+        }.items():
+            runs[name], compilation[name] = compiled(function, *operands)
+    runs["scipy lu"] = by_lu
+    runs["scipy cg"] = lambda: scipy.sparse.linalg.cg(operator, b.ravel(), rtol=CG_TOLERANCE)
+    result = runs["direct"]()
+    row: dict[str, Any] = {
+        "size": [height, width, labels],
+        "connectivity": connectivity,
+        "condition": float(result.stats.condition),
+        "largest_difference_from_lu": float(
+            np.abs(np.asarray(result.scores).reshape(flat.shape) - by_lu()).max()
+        ),
+        "times": race(runs, rounds),
+        "compilation": compilation,
+        "iterations": int(runs["cg"]().stats.iterations),
+    }
+    print(
+        f"sparse potts {height}×{width}×{labels}, {connectivity} neighbours, condition {row['condition']:.0f}"
+    )
+    for name, found in row["times"].items():
+        costs = compilation.get(name)
+        extra = f"  {costs['extra_mib']:6.1f} MiB, compile {costs['compile_s']:.1f} s" if costs else ""
+        print(
+            f"    {name:25} {found['min_ms']:9.2f} ms (median {found['median_ms']:9.2f}){extra}", flush=True
+        )
     return row
 
 
@@ -288,6 +381,7 @@ def main() -> None:
     results = {
         **reporting.circumstances(__file__),
         "sizes": [benchmark(*size, rounds) for size in (SMOKE_SIZES if arguments.smoke else SIZES)],
+        "sparse": [sparse(*size, rounds) for size in (SMOKE_SPARSE if arguments.smoke else SPARSE_SIZES)],
         "ill_conditioned": ill_conditioned(*((7, 6, 3, 8) if arguments.smoke else (41, 41, 21, 128)), rounds),
     }
     if arguments.out is not None:
