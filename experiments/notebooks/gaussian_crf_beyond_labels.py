@@ -74,14 +74,14 @@ def reconstruct(smoothness: Smoothness, guide: jax.Array, values: jax.Array, pre
 
 
 # %%
-def learn(smoothness: Smoothness, loss: Any, steps: int) -> tuple[Smoothness, list[float]]:
-    """Gradient descent through the solve."""
+def learn(smoothness: Smoothness, loss: Any, data: tuple, steps: int) -> tuple[Smoothness, list[float]]:
+    """Gradient descent through the solve, on `loss(smoothness, *data)`."""
     optimizer = optax.adam(0.1)
     state = optimizer.init(smoothness)
     value_and_grad = jax.jit(jax.value_and_grad(loss))
     losses = []
     for _ in range(steps):
-        value, gradient = value_and_grad(smoothness)
+        value, gradient = value_and_grad(smoothness, *data)
         updates, state = optimizer.update(gradient, state)
         smoothness = optax.apply_updates(smoothness, updates)
         losses.append(float(value))
@@ -120,11 +120,12 @@ def denoise(size: int, steps: int) -> tuple[dict[str, Any], Any]:
     guides = {name: jnp.asarray(gaussian_smooth(piece, 1.5)) for name, piece in noisy.items()}
     precision = jnp.ones((size, size))
 
-    def loss(smoothness: Smoothness) -> jax.Array:
-        found, _ = reconstruct(smoothness, guides["train"], jnp.asarray(noisy["train"]), precision)
-        return jnp.mean((found - pieces["train"]) ** 2)
+    def loss(smoothness: Smoothness, guide: jax.Array, noisy: jax.Array, clean: jax.Array) -> jax.Array:
+        found, _ = reconstruct(smoothness, guide, noisy, precision)
+        return jnp.mean((found - clean) ** 2)
 
-    smoothness, losses = learn(Smoothness(jnp.log(1.0), jnp.log(30.0)), loss, steps)
+    data = (guides["train"], jnp.asarray(noisy["train"]), jnp.asarray(pieces["train"]))
+    smoothness, losses = learn(Smoothness(jnp.log(1.0), jnp.log(30.0)), loss, data, steps)
     found, stats = reconstruct(smoothness, guides["test"], jnp.asarray(noisy["test"]), precision)
     blurred = {b: psnr(gaussian_smooth(noisy["test"], b), pieces["test"]) for b in (0.6, 0.8, 1.0, 1.3, 1.6)}
     best = max(blurred, key=blurred.get)  # type: ignore[arg-type]
@@ -220,7 +221,8 @@ def densify(size: int, steps: int) -> tuple[dict[str, Any], Any]:
         return jnp.mean(jnp.abs(found - training[1]))
 
     start = Smoothness(jnp.log(0.1), jnp.log(30.0))
-    smoothness, losses = learn(start, loss, steps)
+    data = (training[0], training_values, training_known, training[1])
+    smoothness, losses = learn(start, loss, data, steps)
     found, stats = solve(smoothness, image, values, known)
     unguided, _ = solve(start, np.zeros_like(image), values, known)
     errors = {

@@ -15,7 +15,7 @@ from jaxcrf.filters.base import filter_pytree, flatten_batch
 from jaxcrf.filters.gaussian import GaussianFilter, Kernel
 from jaxcrf.filters.separable import SeparableKernel, is_position_only
 from jaxcrf_kernels import pair_message
-from jaxcrf_kernels.pair_message import select_implementation
+from jaxcrf_kernels.pair_message import PRECISIONS, select_implementation
 
 
 @filter_pytree(
@@ -44,6 +44,9 @@ class Dense(GaussianFilter):
             Pairs that lie farther apart are left out, and tiles of such are not visited. Four bandwidths
             of position leave out what is below 3e-4 of the peak.
         spatial_ndim: 2 for images, 3 for volumes.
+        precision: the least precision of the products of kernel values and maps, "float32", "tf32" (about 3
+            digits) or "bfloat16" (2 to 3); kernel values and sums are float32 whatever it is. GPUs multiply
+            faster with less, and CPUs always compute in full. See `jaxcrf_kernels.pair_message`.
         implementation: None for the best available, or a name that `jaxcrf info` lists.
 
     Raises:
@@ -68,9 +71,14 @@ class Dense(GaussianFilter):
         weights: Any = 1.0,
         cutoff: int | Sequence[int] | None = None,
         spatial_ndim: int = 2,
+        precision: str = "float32",
         implementation: str | None = None,
     ):
         select_implementation(implementation)
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"precision: got {precision!r}; expected one of {', '.join(map(repr, PRECISIONS))}"
+            )
         read = read_features(features, spatial_ndim)
         reach = _read_cutoff(cutoff, spatial_ndim)
         kernels: list[Kernel] = []
@@ -82,7 +90,11 @@ class Dense(GaussianFilter):
                 spatial = f.values.shape[-1 - spatial_ndim : -1]
                 kernels.append(
                     PairKernel.from_fields(
-                        features=f.values, spatial=spatial, cutoff=reach, implementation=implementation
+                        features=f.values,
+                        spatial=spatial,
+                        cutoff=reach,
+                        precision=precision,
+                        implementation=implementation,
                     )
                 )
         self._set_kernels(kernels, read_weights(weights, len(read)))
@@ -125,13 +137,14 @@ class Dense(GaussianFilter):
         return jnp.stack(jnp.broadcast_arrays(*(ones if s is None else s for s in scales)), axis=-1)
 
 
-@filter_pytree(data=("features",), static=("spatial", "cutoff", "implementation"))
+@filter_pytree(data=("features",), static=("spatial", "cutoff", "precision", "implementation"))
 class PairKernel(Kernel):
     """One Gaussian, evaluated for every pair of pixels."""
 
     features: Array  # [*batch, *spatial, d]
     spatial: tuple[int, ...]
     cutoff: tuple[int, ...] | None
+    precision: str
     implementation: str | None
     is_symmetric = True
     restricts = False
@@ -172,6 +185,7 @@ def _message(
         right=None if right is None else flatten(right),
         spatial=first.spatial,
         cutoff=first.cutoff,
+        precision=first.precision,
         implementation=first.implementation,
     )
     return message.reshape(maps.shape)

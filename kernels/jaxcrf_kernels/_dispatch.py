@@ -9,6 +9,7 @@ it, so that users of a CPU never load what they have no use for.
 import contextlib
 import contextvars
 import importlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,7 +20,19 @@ from jax import Array, lax
 from jaxcrf_kernels._bank import Needs, differentiable
 
 # The compute capability of devices that kernels are lowered for without being there.
-_CAPABILITIES = {"A100": (8, 0), "L4": (8, 9), "H100": (9, 0), "H200": (9, 0), "B200": (10, 0)}
+_CAPABILITIES = {
+    "V100": (7, 0),
+    "T4": (7, 5),
+    "A100": (8, 0),
+    "L4": (8, 9),
+    "H100": (9, 0),
+    "H200": (9, 0),
+    "B200": (10, 0),
+}
+
+# JAX warns since 0.11 whenever a kernel takes Pallas' Triton route, while it is lowered: long after the kernel's
+# caller has returned, so that no context manager round the call could catch it.
+_DEPRECATION = "The Pallas Triton backend is deprecated"
 
 _interpret = contextvars.ContextVar("interpret", default=False)
 
@@ -68,8 +81,8 @@ class Operation:
     def __init__(self, name: str, reference: ModuleType, backends: Mapping[str, Backend]):
         self.name = name
         self.implementations = ("xla", *backends)
+        self.backends = backends
         self._reference = reference
-        self._backends = backends
         self._message = differentiable(self._forward, self._backward)
 
     def __call__(self, implementation: str | None, config: Any, *operands: Any) -> Array:
@@ -77,7 +90,7 @@ class Operation:
         self.check(implementation)
         interpret = _interpret.get()
         if implementation not in (None, "xla"):
-            reason = self._module(implementation).unsupported(config, *operands)
+            reason = self.module(implementation).unsupported(config, *operands)
             if reason is not None:
                 raise NotImplementedError(
                     f"implementation: {implementation!r} of {self.name} does not take {reason}; pass None or 'xla'"
@@ -94,7 +107,7 @@ class Operation:
                 f"pass None or one of {', '.join(map(repr, self.implementations))}"
             )
         if implementation != "xla" and not _interpret.get():
-            missing = self._backends[implementation].missing()
+            missing = self.backends[implementation].missing()
             if missing is not None:
                 raise NotImplementedError(
                     f"implementation: {implementation!r} needs {missing}; pass None for the best that runs here, "
@@ -106,13 +119,14 @@ class Operation:
         self.check(implementation)
         if implementation is not None:
             return implementation
-        usable = [name for name, backend in self._backends.items() if backend.missing() is None]
+        usable = [name for name, backend in self.backends.items() if backend.missing() is None]
         return usable[0] if usable else "xla"
 
-    def _module(self, implementation: str | None) -> ModuleType:
+    def module(self, implementation: str | None) -> ModuleType:
+        """The code of an implementation, loaded when it is first asked for; None is the reference's."""
         if implementation is None or implementation == "xla":
             return self._reference
-        return importlib.import_module(self._backends[implementation].module)
+        return importlib.import_module(self.backends[implementation].module)
 
     def _forward(self, call: Call, *operands: Any) -> Array:
         def run(module: ModuleType, **options: Any) -> Callable[..., Array]:
@@ -132,17 +146,19 @@ class Operation:
         if call.implementation == "xla":
             return run(self._reference)(*arguments)
         if call.implementation is not None:
+            _silence_deprecation()
             options = {"interpret": True} if call.interpret else {}
-            return run(self._module(call.implementation), **options)(*arguments)
+            return run(self.module(call.implementation), **options)(*arguments)
         branches: dict[str, Callable[..., Any]] = {}
-        for name, backend in self._backends.items():
+        for name, backend in self.backends.items():
             if backend.platform in branches or backend.missing() is not None:
                 continue
-            module = self._module(name)
+            module = self.module(name)
             if module.unsupported(call.config, *operands) is None:
                 branches[backend.platform] = run(module)
         if not branches:
             return run(self._reference)(*arguments)
+        _silence_deprecation()
         return lax.platform_dependent(*arguments, default=run(self._reference), **branches)
 
 
@@ -184,3 +200,17 @@ def interpreted() -> Iterator[None]:
 def _abstract_device() -> Any:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return None if device is None or getattr(device, "platform", "cpu") == "cpu" else device
+
+
+def _silence_deprecation() -> None:
+    """Silences JAX's notice that Pallas' Triton route will go, and no other warning.
+
+    Which routes there are is this package's business, not its user's. Called whenever a message with a kernel is
+    traced, since test runners forget filters between tests.
+    """
+    known = any(
+        action == "ignore" and getattr(message, "pattern", None) == _DEPRECATION
+        for action, message, *_ in warnings.filters
+    )
+    if not known:
+        warnings.filterwarnings("ignore", message=_DEPRECATION, category=DeprecationWarning)

@@ -1,4 +1,4 @@
-"""What loops need under `shard_map`: a carry varies over the same mesh axes before and after its body."""
+"""What loops and kernels need under `shard_map`: carries and results that say over which mesh axes they vary."""
 
 from typing import Any
 
@@ -21,3 +21,13 @@ def varying_like(tree: Any, *operands: Any) -> Any:
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(mark, tree)
+
+
+def result_like(shape: tuple[int, ...], dtype: Any, *operands: Any) -> jax.ShapeDtypeStruct:
+    """The type of a kernel's result, which varies over the mesh axes that any leaf of the operands varies over.
+
+    What `pl.pallas_call` computes is opaque, so that inside `shard_map` its results must say this themselves.
+    """
+    kinds = [jax.typeof(leaf).manual_axis_type for leaf in jax.tree.leaves(operands)]
+    varying = frozenset().union(*(kind.varying for kind in kinds))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kinds[0].update(varying=varying))

@@ -3,6 +3,7 @@
 import math
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import jaxcrf
 from filter_suite import FilterSuite, assert_close, random_maps
 from jaxcrf.filters import Dense
+from jaxcrf_kernels import pair_message
 from oracles import gaussian_matrix
 
 
@@ -81,6 +83,23 @@ def test_volumes_with_anisotropic_spacing_and_any_channels():
     assert_close(Dense(f, spatial_ndim=3)(q).reshape(60, -1), expected @ q.reshape(60, -1))
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_precision_reaches_every_message(precision, monkeypatch):
+    asked = []
+
+    def record(*arguments, precision, **options):
+        asked.append(precision)
+        return pair_message(*arguments, precision=precision, **options)
+
+    monkeypatch.setattr(jaxcrf.filters.dense, "pair_message", record)
+    f = features(4, 5, 3)
+    for K in (Dense(f, precision=precision), Dense((f, f), precision=precision).normalized("symmetric")):
+        asked.clear()
+        value = jax.jit(lambda K, q: K.T(K(q)))(K, random_maps(K))
+        assert set(asked) == {precision}
+        assert_close(value, K.T(K(random_maps(K))))
+
+
 def test_far_features_do_not_lose_their_differences():
     # |f|² is 1e8 here: expanding ‖a - b‖² would leave nothing of differences of one.
     f = 1e4 + np.arange(12, dtype=np.float32).reshape(3, 4, 1) / 2
@@ -99,6 +118,10 @@ class TestBadInput:
         f[1, 2, 0] = math.nan
         with pytest.raises(ValueError, match="features: holds NaN"):
             Dense(f)
+
+    def test_precision(self):
+        with pytest.raises(ValueError, match="precision: got 'half'; expected one of 'float32', 'tf32'"):
+            Dense(features(4, 5, 3), precision="half")
 
     def test_implementation(self):
         with pytest.raises(ValueError, match="implementation: got 'abacus'"):

@@ -16,13 +16,16 @@ from typing import Any, NamedTuple
 
 import jax
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
 
 import jaxcrf_kernels
 from jaxcrf_kernels._platform import by_platform, has_accelerator
 from jaxcrf_kernels.pair_message import cases as pair_cases
 from jaxcrf_kernels.pair_message import reference as pair_reference
 from jaxcrf_kernels.window_message import cases as window_cases
+from jaxcrf_kernels.window_message.reference import WindowConfig
+
+pytestmark = pytest.mark.lowering
 
 DEVICES = {
     "cuda": AbstractDevice(device_kind="NVIDIA H200", num_cores=1, platform="cuda"),
@@ -58,6 +61,10 @@ class Primitive(NamedTuple):
     @property
     def function(self) -> Any:
         return getattr(self.package, self.name)
+
+    @property
+    def operation(self) -> Any:
+        return self.package.api.OPERATION
 
 
 PRIMITIVES = {
@@ -158,30 +165,113 @@ def test_every_primitive_and_implementation_is_in_the_tables():
         assert set(primitive.package.IMPLEMENTATIONS) <= set(BACKENDS)
 
 
+def custom_calls(text):
+    return [call for call in CUSTOM_CALLS if call in text]
+
+
+def supports(name, case, platform, implementation):
+    """Whether an implementation takes a case; where not, it has to say so, and what."""
+    if implementation == "xla":
+        return True
+    reasons = []
+    module = PRIMITIVES[name].operation.module(implementation)
+    with pytest.MonkeyPatch.context() as patch:
+        unsupported = module.unsupported
+        patch.setattr(module, "unsupported", lambda *call: reasons.append(unsupported(*call)) or reasons[-1])
+        try:
+            lowered(name, case, platform, "value", implementation)
+        except NotImplementedError as error:
+            answer = str(error)
+        else:
+            return True
+    (reason,) = reasons
+    assert f"implementation: '{implementation}' of {name} does not take {reason}" in answer
+    return False
+
+
 @pytest.mark.parametrize("platform", ["cpu", *DEVICES])
 @both_directions
 @every_case
-def test_an_explicit_implementation_is_what_is_lowered(name, case, direction, platform):
+def test_what_is_asked_for_is_what_is_lowered(name, case, direction, platform):
     here = [n for n in PRIMITIVES[name].package.IMPLEMENTATIONS if platform in BACKENDS[n].platforms]
-    assert here
-    for implementation in here:
-        text = lowered(name, case, platform, direction, implementation)
+    assert "xla" in here
+    taken = [implementation for implementation in here if supports(name, case, platform, implementation)]
+    for implementation in taken:
         expected = BACKENDS[implementation].custom_call
-        assert [call for call in CUSTOM_CALLS if call in text] == [expected] * (expected is not None)
+        text = lowered(name, case, platform, direction, implementation)
+        assert custom_calls(text) == [expected] * (expected is not None)
+    # Without a choice, it is the first that takes the case, in the order of the operation; the last resort is XLA.
+    best = [*(implementation for implementation in taken if implementation != "xla"), "xla"][0]
+    expected = BACKENDS[best].custom_call
+    text = lowered(name, case, platform, direction)
+    assert custom_calls(text) == [expected] * (expected is not None)
 
 
-def skip_unless_xla(name, platform):
+@accelerators
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_the_choice_is_named(name, platform):
+    operation = PRIMITIVES[name].operation
+    usable = [n for n, backend in operation.backends.items() if backend.platform == platform]
     with device(platform):
-        chosen = PRIMITIVES[name].package.select_implementation()
-    if chosen != "xla":
-        pytest.skip(f"{platform} runs {chosen}")
+        assert operation.select() == [*usable, "xla"][0]
+        for implementation in operation.implementations:
+            if implementation in ("xla", *usable):
+                assert operation.select(implementation) == implementation
+            else:
+                other = operation.backends[implementation].platform
+                with pytest.raises(NotImplementedError, match=f"'{implementation}' needs a {other} device"):
+                    operation.select(implementation)
+
+
+@accelerators
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_kernels_are_lowered_where_a_batch_is_split_over_devices(name, platform):
+    primitive = PRIMITIVES[name]
+    case = next(c for c in primitive.cases.CASES if c.name == "batch_shared")
+    arrays = primitive.cases.operands(case)
+    mesh = AbstractMesh((case.batch,), ("x",), axis_types=(AxisType.Auto,), abstract_device=DEVICES[platform])
+    specs = jax.tree.map(
+        lambda x: PartitionSpec("x") if x.shape[0] == case.batch and x.ndim > 1 else PartitionSpec(),
+        tuple(arrays),
+    )
+
+    def value(*operands):
+        given = primitive.cases.Operands(*operands)._asdict() | case.static
+        return primitive.function(**given, implementation=implementation)
+
+    for implementation in (None, *primitive.operation.implementations):
+        backend = BACKENDS[implementation or primitive.operation.implementations[0]]
+        if platform not in backend.platforms:
+            continue
+        with use_abstract_mesh(mesh):
+            split = jax.shard_map(value, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("x"))
+            gradients = jax.grad(lambda *xs, split=split: split(*xs).sum(), argnums=tuple(range(5)))
+            for function in (split, gradients):
+                text = jax.jit(function).trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+                if implementation is not None:
+                    expected = backend.custom_call
+                    assert custom_calls(text) == [expected] * (expected is not None)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+def test_lowering_finds_what_interpreting_passes():
+    triton_gpu = PRIMITIVES["window_message"].operation.module("triton")
+    case = window_cases.CASES[0]
+    config = WindowConfig(case.window, (None,))
+    arrays = window_cases.operands(case)
+
+    def run(interpret, *arrays):
+        return triton_gpu._forward(config, triton_gpu.Tiles(1, 48, 3), interpret, *arrays)
+
+    jax.jit(functools.partial(run, True)).lower(*arrays).compile()
+    with device("cuda"), pytest.raises(ValueError, match="power of 2"):
+        jax.jit(functools.partial(run, False)).trace(*arrays).lower(lowering_platforms=("cuda",))
 
 
 @accelerators
 @both_directions
 @every_window
 def test_accelerators_walk_whole_maps(case, direction, platform):
-    skip_unless_xla("window_message", platform)
     assert_loops(lowered("window_message", case, platform, direction, "xla"), case.batch, case)
 
 
@@ -208,8 +298,6 @@ def largest_tile(text):
 @both_directions
 @every_pair
 def test_pairs_are_walked_tile_by_tile(case, direction, platform):
-    if platform != "cpu":
-        skip_unless_xla("pair_message", platform)
     text = lowered("pair_message", case, platform, direction, "xla")
     side = pair_reference.CPU_TILE if platform == "cpu" else pair_reference.ACCELERATOR_TILE
     expected = min(side, case.pixels) if case.cutoff is None else None

@@ -2,7 +2,6 @@ import functools
 import itertools
 import subprocess
 import sys
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,75 +14,18 @@ from jaxcrf_kernels._bank import Needs, pull_back
 from jaxcrf_kernels.pair_message import IMPLEMENTATIONS, api, pair_message, reference, select_implementation
 from jaxcrf_kernels.pair_message.cases import CASES, Case, Operands, operands
 from jaxcrf_kernels.window_message import window_message
+from message_suite import MESSAGES, assert_within_rounding
 
 BY_NAME = {case.name: case for case in CASES}
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-
-
-def message(case, arrays, **options):
-    return pair_message(**arrays._asdict(), **case.static, **options)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames="implementation")
-def message_and_gradients(case, arrays, cotangent, **options):
-    value, pull = jax.vjp(lambda *xs: message(case, Operands(*xs), **options), *arrays)
-    return value, Operands(*pull(cotangent))
-
-
-def draw_cotangent(case, seed=1):
-    return operands(case, seed).q
-
-
-class Depths(NamedTuple):
-    """Additions on the way to each result: pixels, then labels or pixels; a kernel value takes up to 24 more."""
-
-    q: int
-    features: int
-    weights: int
-    left: int
-    right: int
-
-    @classmethod
-    def of(cls, case):
-        kernels = len(case.feature_sizes)
-        pair = case.pixels + case.labels * case.batch + 24
-        return cls(case.pixels + kernels + 24, 2 * pair, pair + case.pixels, pair, pair)
-
-
-def assert_within_rounding(found, expected, magnitude, depth, unit=None):
-    """Compares within the error bound of a sum: rounding unit x additions x sum of absolute terms."""
-    found = np.asarray(found)
-    unit = np.finfo(np.float32).eps if unit is None else unit
-    bound = depth * unit * magnitude + np.finfo(np.float32).tiny
-    if found.dtype == jnp.bfloat16:
-        bound = bound + float(jnp.finfo(found.dtype).eps) * np.abs(
-            expected
-        )  # rounded once more, to be stored
-    error = np.abs(found.astype(np.float64) - expected)
-    assert found.shape == expected.shape
-    assert (error <= bound).all(), f"error {error.max():.3g}, {np.max(error / bound):.3g} times its bound"
-
-
-def assert_value(case, found, arrays, unit=None):
-    exact = functools.partial(oracles.pair_message, **arrays._asdict(), **case.static)
-    assert found.dtype == arrays.q.dtype
-    assert_within_rounding(found, exact(), exact(magnitude=True), Depths.of(case).q, unit)
-
-
-def assert_gradients(case, found, arrays, cotangent, unit=None):
-    exact = functools.partial(
-        oracles.pair_message_vjp, **arrays._asdict(), **case.static, cotangent=cotangent
-    )
-    expected, magnitude, depths = exact(), exact(magnitude=True), Depths.of(case)
-    for name in Operands._fields:
-        operand, got, want = getattr(arrays, name), getattr(found, name), getattr(expected, name)
-        assert jax.tree.structure(got) == jax.tree.structure(operand) == jax.tree.structure(want)
-        for x, g, w, s in zip(
-            *map(jax.tree.leaves, (operand, got, want, getattr(magnitude, name))), strict=True
-        ):
-            assert g.dtype == x.dtype, name
-            assert_within_rounding(g, w, s, getattr(depths, name), unit)
+MESSAGE = MESSAGES["pair_message"]
+# The others are interpreted elsewhere.
+every_implementation = pytest.mark.parametrize("implementation", MESSAGE.here())
+message = MESSAGE.value
+message_and_gradients = MESSAGE.value_and_gradients
+draw_cotangent = MESSAGE.draw_cotangent
+assert_value = MESSAGE.assert_value
+assert_gradients = MESSAGE.assert_gradients
 
 
 @every_implementation
@@ -446,7 +388,7 @@ def test_the_size_of_tiles_does_not_matter(name, tile):
     exact = functools.partial(
         oracles.pair_message_vjp, **arrays._asdict(), **case.static, cotangent=cotangent
     )
-    expected, magnitude, depths = exact(), exact(magnitude=True), Depths.of(case)
+    expected, magnitude, depths = exact(), exact(magnitude=True), MESSAGE.depths(case)
     for operand, gradient in gradients.items():
         for g, w, s in zip(
             *map(jax.tree.leaves, (gradient, getattr(expected, operand), getattr(magnitude, operand))),
@@ -496,7 +438,12 @@ def test_an_explicit_implementation_is_never_replaced():
     with pytest.raises(ValueError, match="implementation: got 'cudnn'"):
         message(BY_NAME["plain"], operands(BY_NAME["plain"]), implementation="cudnn")
     assert select_implementation() in IMPLEMENTATIONS
-    assert [select_implementation(name) for name in IMPLEMENTATIONS] == list(IMPLEMENTATIONS)
+    for name in IMPLEMENTATIONS:
+        if name in MESSAGE.here():
+            assert select_implementation(name) == name
+        else:
+            with pytest.raises(NotImplementedError, match=f"implementation: '{name}' needs"):
+                select_implementation(name)
 
 
 GOOD = {

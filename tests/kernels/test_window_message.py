@@ -1,5 +1,4 @@
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,74 +11,18 @@ from jaxcrf_kernels import window_message
 from jaxcrf_kernels._bank import Needs, pull_back
 from jaxcrf_kernels.window_message import IMPLEMENTATIONS, api, reference, select_implementation
 from jaxcrf_kernels.window_message.cases import CASES, Case, Operands, operands
+from message_suite import MESSAGES
 
 BY_NAME = {case.name: case for case in CASES}
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-
-
-def message(case, arrays, **options):
-    return window_message(**arrays._asdict(), **case.static, **options)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames="implementation")
-def message_and_gradients(case, arrays, cotangent, **options):
-    value, pull = jax.vjp(lambda *xs: message(case, Operands(*xs), **options), *arrays)
-    return value, Operands(*pull(cotangent))
-
-
-def draw_cotangent(case, seed=1):
-    return operands(case, seed).q
-
-
-class Depths(NamedTuple):
-    """Additions on the way to each result: offsets, then labels or pixels; a kernel value takes up to 16 more."""
-
-    q: int
-    features: int
-    weights: int
-    left: int
-    right: int
-
-    @classmethod
-    def of(cls, case):
-        window = case.offsets * len(case.feature_sizes) + 16
-        pair = case.offsets + case.labels + case.batch + 16
-        return cls(window, 2 * pair, pair + int(np.prod(case.spatial)), pair, pair)
-
-
-def assert_within_rounding(found, expected, magnitude, depth, unit=None):
-    """Compares within the error bound of a sum: rounding unit x additions x sum of absolute terms."""
-    found = np.asarray(found)
-    storage = np.asarray(found).dtype
-    unit = np.finfo(np.float32).eps if unit is None else unit
-    bound = depth * unit * magnitude + np.finfo(np.float32).tiny
-    if storage == jnp.bfloat16:
-        bound = bound + float(jnp.finfo(storage).eps) * np.abs(expected)  # rounded once more, to be stored
-    error = np.abs(found.astype(np.float64) - expected)
-    assert found.shape == expected.shape
-    assert (error <= bound).all(), f"error {error.max():.3g}, {np.max(error / bound):.3g} times its bound"
-
-
-def assert_value(case, found, arrays, unit=None):
-    exact = functools.partial(oracles.window_message, **arrays._asdict(), **case.static)
-    assert found.dtype == arrays.q.dtype
-    assert_within_rounding(found, exact(), exact(magnitude=True), Depths.of(case).q, unit)
-
-
-def assert_gradients(case, found, arrays, cotangent, unit=None):
-    exact = functools.partial(
-        oracles.window_message_vjp, **arrays._asdict(), **case.static, cotangent=cotangent
-    )
-    expected, magnitude, depths = exact(), exact(magnitude=True), Depths.of(case)
-    for name in Operands._fields:
-        operand, got, want = getattr(arrays, name), getattr(found, name), getattr(expected, name)
-        assert jax.tree.structure(got) == jax.tree.structure(operand) == jax.tree.structure(want)
-        for x, g, w, s in zip(
-            *map(jax.tree.leaves, (operand, got, want, getattr(magnitude, name))), strict=True
-        ):
-            assert g.dtype == x.dtype, name
-            assert_within_rounding(g, w, s, getattr(depths, name), unit)
+MESSAGE = MESSAGES["window_message"]
+# The others are interpreted elsewhere.
+every_implementation = pytest.mark.parametrize("implementation", MESSAGE.here())
+message = MESSAGE.value
+message_and_gradients = MESSAGE.value_and_gradients
+draw_cotangent = MESSAGE.draw_cotangent
+assert_value = MESSAGE.assert_value
+assert_gradients = MESSAGE.assert_gradients
 
 
 @every_implementation
@@ -330,7 +273,12 @@ def test_an_explicit_implementation_is_never_replaced():
     with pytest.raises(ValueError, match="implementation: got 'cudnn'"):
         message(BY_NAME["plain"], operands(BY_NAME["plain"]), implementation="cudnn")
     assert select_implementation() in IMPLEMENTATIONS
-    assert [select_implementation(name) for name in IMPLEMENTATIONS] == list(IMPLEMENTATIONS)
+    for name in IMPLEMENTATIONS:
+        if name in MESSAGE.here():
+            assert select_implementation(name) == name
+        else:
+            with pytest.raises(NotImplementedError, match=f"implementation: '{name}' needs"):
+                select_implementation(name)
 
 
 GOOD = {

@@ -37,13 +37,20 @@ ACCELERATOR_TILE = 4096
 
 
 class PairConfig(NamedTuple):
-    """What is static about a message: how far along every spatial axis two pixels of a pair may lie apart.
+    """What is static about a message.
 
-    Without a cut-off the pixels are one axis, whatever shape they came from.
+    Attributes:
+        spatial: the shape that the pixels were flattened from; one axis where nobody said.
+        cutoff: how far along every axis two pixels of a pair may lie apart, or None.
+        precision: the least that the product of kernel values and maps, and its counterparts in the backward
+            pass, must be computed in. This module always computes it in full.
+        tolerance: kernel values below it may be left out. This module leaves out none.
     """
 
     spatial: tuple[int, ...]
     cutoff: tuple[int, ...] | None
+    precision: str = "float32"
+    tolerance: float = 0.0
 
 
 def forward(
@@ -113,11 +120,11 @@ class _Tiles(NamedTuple):
 
     @classmethod
     def of(cls, config: PairConfig, tile: int) -> "_Tiles":
-        if config.cutoff is None:
-            (pixels,) = config.spatial
+        if config.cutoff is None:  # any order of the pixels will do
+            pixels = math.prod(config.spatial)
             size = math.ceil(pixels / math.ceil(pixels / tile))
             # Whole vectors, unless one tile is all there is.
-            return cls(config.spatial, (size if size == pixels else math.ceil(size / 16) * 16,), None)
+            return cls((pixels,), (size if size == pixels else math.ceil(size / 16) * 16,), None)
         # Blocks as wide as the cut-off along every axis: with fewer pixels more of the pairs in the tiles are
         # within it, but below some hundred pixels the loop over tiles costs more than what it saves.
         block = [1] * len(config.spatial)
@@ -277,7 +284,7 @@ def _dot(x: Array, y: Array, contract: tuple[int, int]) -> Array:
     return lax.dot_general(x, y, dimensions, precision=lax.Precision.HIGHEST)
 
 
-def _merge_batch(q: Array, *others: Array | None) -> tuple[Array, bool]:
+def merge_batch(q: Array, *others: Array | None) -> tuple[Array, bool]:
     """Items that share everything else are but more labels: `[1, pixels, batch labels]`."""
     if q.shape[0] == 1 or any(x is not None and x.shape[0] != 1 for x in others):
         return q, False
@@ -314,7 +321,7 @@ def _forward(
     right: Array | None,
 ) -> Array:
     dtype = accumulator_dtype(q.dtype)
-    merged_q, merged = _merge_batch(q, *features, left, right)
+    merged_q, merged = merge_batch(q, *features, left, right)
     qs = tiles.arrange(merged_q.astype(dtype))
     side = _sides(tiles, features, left, right)
     shape = (tiles.size, tiles.size)
@@ -376,8 +383,8 @@ def _backward(
         ∂s_i += w_m k_m r_j A,   ∂s_j += w_m k_m r_i B,   ∂r_i += w_m k_m s_j B,   ∂r_j += w_m k_m s_i A
     """
     dtype = accumulator_dtype(q.dtype)
-    merged_q, _ = _merge_batch(q, *features, left, right)
-    merged_g, _ = _merge_batch(cotangent, *features, left, right)
+    merged_q, _ = merge_batch(q, *features, left, right)
+    merged_g, _ = merge_batch(cotangent, *features, left, right)
     qs, gs = (tiles.arrange(x.astype(dtype)) for x in (merged_q, merged_g))
     side = _sides(tiles, features, left, right)
     kernels_count = len(features)

@@ -10,11 +10,19 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxcrf_kernels._bank import accumulator_dtype, check_bank
-from jaxcrf_kernels._dispatch import Operation
+from jaxcrf_kernels._dispatch import Backend, Operation
 from jaxcrf_kernels.window_message import reference
 from jaxcrf_kernels.window_message.reference import WindowConfig
 
-OPERATION = Operation("window_message", reference, {})
+OPERATION = Operation(
+    "window_message",
+    reference,
+    {
+        "triton": Backend("jaxcrf_kernels.window_message.triton_gpu", "cuda", capability=(8, 0)),
+        "mosaic_gpu": Backend("jaxcrf_kernels.window_message.mosaic_gpu", "cuda", capability=(9, 0)),
+        "tpu": Backend("jaxcrf_kernels.window_message.tpu", "tpu"),
+    },
+)
 IMPLEMENTATIONS = OPERATION.implementations
 
 
@@ -72,8 +80,9 @@ def window_message(
             one per spatial axis. A position term given here costs nothing per pixel.
         left: per-kernel scales `s` of the receiving pixel, `[batch or 1, *spatial, M]`; None means 1.
         right: per-kernel scales `r` of the sending pixel, likewise.
-        implementation: None for the best available, or one of `IMPLEMENTATIONS`; an explicit choice is
-            never replaced by another.
+        implementation: None for the best available, or one of `IMPLEMENTATIONS`: "xla" runs everywhere,
+            "triton" on NVIDIA GPUs from Ampere on, "mosaic_gpu" on those from Hopper on, "tpu" on TPUs. An
+            explicit choice is never replaced by another.
 
     Returns:
         The messages, `[batch, *spatial, labels]`.
