@@ -9,7 +9,10 @@ import pytest
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames and hasattr(metafunc.cls, "CASES"):
-        metafunc.parametrize("case", list(metafunc.cls.CASES))
+        slow = getattr(metafunc.cls, "SLOW_CASES", ())
+        metafunc.parametrize(
+            "case", [pytest.param(c, marks=pytest.mark.slow if c in slow else []) for c in metafunc.cls.CASES]
+        )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -19,16 +22,21 @@ def forget_programs():
     jax.clear_caches()
 
 
-@pytest.fixture(scope="class")
-def compiled_quickly():
-    """For suites of identities, which hold whatever a compiler makes of the arithmetic.
+# Whether the environment asks for it everywhere.
+ALWAYS_QUICKLY = jax.config.jax_disable_most_optimizations
 
-    Unoptimised programs compile in half the time, which is most of the time that a suite takes. What is compared
-    with independent numbers runs as users run it.
+
+@pytest.fixture(autouse=True)
+def compiled_quickly(request):
+    """Nearly all of a test's time is compilation, and unoptimised programs compile in half the time.
+
+    Marked `optimized` is what compares with other tools, what bounds errors by rounding, what takes long to run and
+    what looks at compiled programs: these run as users run them.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
+    optimized = request.node.get_closest_marker("optimized") is not None
+    jax.config.update("jax_disable_most_optimizations", ALWAYS_QUICKLY or not optimized)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", ALWAYS_QUICKLY)
 
 
 def _folder(variable: str) -> Path:

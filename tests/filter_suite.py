@@ -42,11 +42,11 @@ def assert_close(got, expected, magnitude=None):
     np.testing.assert_allclose(got, expected, rtol=0, atol=EPSILON * max(float(scale), 1e-30))
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 class FilterSuite:
     """Linearity, transpose, diagonal, normalisation, transforms and gradients of one family of filters."""
 
     CASES: ClassVar[dict[str, Callable[[], Filter]]]
+    SLOW_CASES: ClassVar[tuple[str, ...]] = ()  # those that the core suite leaves out
 
     def parameters(self, case):
         """What gradients are taken in, and the filter as a function of it; by default all of its leaves."""

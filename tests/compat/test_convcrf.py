@@ -11,6 +11,8 @@ import jaxcrf
 from jaxcrf.compat import convcrf
 from jaxcrf.filters import Window
 
+pytestmark = pytest.mark.optimized
+
 CONFIGURATIONS = (
     "colour_position",
     "default",

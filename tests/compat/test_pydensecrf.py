@@ -15,6 +15,8 @@ from jaxcrf.compat.pydensecrf import densecrf as dcrf
 from jaxcrf.compat.pydensecrf import utils
 from jaxcrf.filters import Lattice
 
+pytestmark = pytest.mark.optimized
+
 NORMALIZATIONS = {
     "none": dcrf.NO_NORMALIZATION,
     "before": dcrf.NORMALIZE_BEFORE,

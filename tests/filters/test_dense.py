@@ -14,6 +14,8 @@ from jaxcrf.filters import Dense
 from jaxcrf_kernels import pair_message
 from oracles import gaussian_matrix
 
+pytestmark = pytest.mark.optimized
+
 
 def features(*shape, seed=0, spread=0.7):
     return (spread * np.random.default_rng(seed).normal(size=shape)).astype(np.float32)
@@ -25,6 +27,7 @@ def bilateral(*spatial, seed=0):
 
 
 class TestDense(FilterSuite):
+    SLOW_CASES: ClassVar = ("positions and colours", "before", "volume")
     CASES: ClassVar = {
         "five features": lambda: Dense(features(5, 7, 5), weights=1.5),
         "no feature": lambda: Dense(np.zeros((3, 4, 0), np.float32)),

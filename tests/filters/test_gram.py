@@ -120,6 +120,7 @@ def test_the_small_matrix_of_many_numbers():
     np.testing.assert_array_equal(found, np.swapaxes(found, -1, -2))
 
 
+@pytest.mark.optimized
 def test_the_small_matrix_takes_no_more_memory_than_the_embeddings():
     K = Gram(jnp.zeros((101, 11, 96)), kind="potts")
     compiled = jax.jit(lambda K: K.dual()).lower(K).compile()

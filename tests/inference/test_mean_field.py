@@ -251,6 +251,7 @@ class TestGradients:
                 tolerance = 1e-5 if options.get("gradient") == "implicit" else 1e-7
                 np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
+    @pytest.mark.optimized
     def test_unrolling_stores_messages_not_marginals(self):
         # At blur 2 an iteration hands on a quarter of a map. Ten more iterations may store ten such, no more.
         shape, labels = (64, 64), 8
@@ -266,6 +267,7 @@ class TestGradients:
         map_bytes = 4 * np.prod(shape) * labels
         assert memory(20) - memory(10) <= 10 * map_bytes / 4 * 1.5
 
+    @pytest.mark.optimized
     def test_implicit_memory_does_not_grow_with_iterations(self):
         shape, labels = (32, 32), 8
         K = Window(jaxcrf.bilateral_features(random(*shape, 3, scale=50), None, 50.0), 3)

@@ -40,6 +40,7 @@ def needed(kind, edges, labels):
 
 
 class TestSparseGaussianCRF(SolverSuite):
+    SLOW_CASES: ClassVar = ("cg, general, 12", "direct, potts, 12")
     CASES: ClassVar = {
         f"{solver}, {kind}, {connectivity}": {"solver": solver, "kind": kind, "connectivity": connectivity}
         for solver, kind, connectivity in (
@@ -193,6 +194,7 @@ def test_the_backward_pass_reuses_the_factorisation():
     assert counts == [2, 2]  # of the mean and of the deviations
 
 
+@pytest.mark.optimized
 def test_memory_of_cg_is_that_of_the_edges():
     edges, b = jnp.zeros((40, 45, 2, 5, 5)), jnp.zeros((40, 45, 5))  # 9000 × 9000 would be 324 MB
 

@@ -20,6 +20,8 @@ from jaxcrf_kernels._dispatch import interpreted
 from jaxcrf_kernels.window_message.reference import WindowConfig
 from message_suite import MESSAGES, assert_within_rounding
 
+pytestmark = pytest.mark.kernels
+
 # Interpreters that take seconds for a case get the few that differ most.
 FEW_CASES = {
     "mosaic_gpu": (
@@ -99,7 +101,6 @@ def assert_close(found, expected):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), found, expected)
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 class TestInterpreted:
     @every_case
     def test_value_and_gradients_are_the_float64_sums(self, message, implementation, case, reasons):
@@ -172,7 +173,6 @@ class TestInterpreted:
         assert_close(found, tuple(getattr(expected, name) for name in names))
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize(
     ("name", "changes", "tiles"),
     [

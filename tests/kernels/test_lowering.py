@@ -25,7 +25,7 @@ from jaxcrf_kernels.pair_message import reference as pair_reference
 from jaxcrf_kernels.window_message import cases as window_cases
 from jaxcrf_kernels.window_message.reference import WindowConfig
 
-pytestmark = pytest.mark.lowering
+pytestmark = pytest.mark.kernels
 
 DEVICES = {
     "cuda": AbstractDevice(device_kind="NVIDIA H200", num_cores=1, platform="cuda"),

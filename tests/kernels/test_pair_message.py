@@ -16,6 +16,8 @@ from jaxcrf_kernels.pair_message.cases import CASES, Case, Operands, operands
 from jaxcrf_kernels.window_message import window_message
 from message_suite import MESSAGES, assert_within_rounding
 
+pytestmark = pytest.mark.optimized
+
 BY_NAME = {case.name: case for case in CASES}
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 MESSAGE = MESSAGES["pair_message"]

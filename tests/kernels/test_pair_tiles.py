@@ -16,12 +16,13 @@ from jaxcrf_kernels.pair_message import api, blocks, pair_message, reference, tr
 from jaxcrf_kernels.pair_message.cases import Case, Operands, operands
 from message_suite import MESSAGES, assert_within_rounding
 
+pytestmark = pytest.mark.kernels
+
 MESSAGE = MESSAGES["pair_message"]
 draw_cotangent = MESSAGE.draw_cotangent
 BY_NAME = {case.name: case for case in MESSAGE.cases.CASES}
 KERNELS = [name for name in api.IMPLEMENTATIONS if name != "xla"]
 every_kernel = pytest.mark.parametrize("implementation", KERNELS)
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def value_and_gradients(case, arrays, cotangent, **options):

@@ -13,6 +13,8 @@ from jaxcrf_kernels.window_message import IMPLEMENTATIONS, api, reference, selec
 from jaxcrf_kernels.window_message.cases import CASES, Case, Operands, operands
 from message_suite import MESSAGES
 
+pytestmark = pytest.mark.optimized
+
 BY_NAME = {case.name: case for case in CASES}
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 MESSAGE = MESSAGES["window_message"]
