@@ -23,7 +23,7 @@ def forget_programs():
 
 
 # Whether the environment asks for it everywhere.
-ALWAYS_QUICKLY = jax.config.jax_disable_most_optimizations
+ALWAYS_QUICKLY = bool(jax.config.values["jax_disable_most_optimizations"])
 
 
 @pytest.fixture(autouse=True)
