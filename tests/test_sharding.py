@@ -89,6 +89,7 @@ def run_program(program, devices, home, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_a_sharded_batch_is_a_loop(tmp_path):
     result = run_program(PROGRAM, 8, tmp_path)
     assert result.stdout.strip() == "eight devices agree", result.stderr[-2000:]

@@ -216,9 +216,8 @@ def densify(size: int, steps: int) -> tuple[dict[str, Any], Any]:
             smoothness, jnp.asarray(guide), jnp.asarray(values), jnp.asarray(known, jnp.float32)
         )
 
-    def loss(smoothness: Smoothness) -> jax.Array:
-        found, _ = solve(smoothness, training[0], training_values, training_known)
-        return jnp.mean(jnp.abs(found - training[1]))
+    def loss(smoothness: Smoothness, guide: Any, values: Any, known: Any, depth: Any) -> jax.Array:
+        return jnp.mean(jnp.abs(solve(smoothness, guide, values, known)[0] - depth))
 
     start = Smoothness(jnp.log(0.1), jnp.log(30.0))
     data = (training[0], training_values, training_known, training[1])

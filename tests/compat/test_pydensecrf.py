@@ -756,6 +756,7 @@ def check_result(path, expected, printed):
         assert np.all(np.diff(run) < 1e-3 * abs(run[0]))
 
 
+@pytest.mark.slow
 def test_the_example_runs_with_other_imports(pictures, tmp_path, monkeypatch, capsys):
     arguments, expected = pictures
     script = tmp_path / "example.py"

@@ -218,6 +218,7 @@ def test_examples_are_read_one_after_the_other(examples):
     assert quietly(examples, space=SPACE, preset=BASE) == found
 
 
+@pytest.mark.slow
 def test_logits_one_channel_and_volumes():
     # A lattice over one channel compiles fast.
     base = dataclasses.replace(BASE, bilateral_position_bandwidth=None)
