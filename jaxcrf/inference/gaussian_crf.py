@@ -245,16 +245,19 @@ def _gaussian_crf(
     return GaussianCRFResult(x, stats, _variances(affinities, b, regularization, dual) if variances else None)
 
 
-def apply_system(operator: Filter | PixelLabelOperator, regularization: Any, x: Array) -> Array:
+def apply_system(
+    operator: Filter | PixelLabelOperator, regularization: Any, x: Array, *, centered: bool = False
+) -> Array:
     r"""`(K + λI) x`: the system of a Gaussian CRF, of any symmetric operator.
 
     A pixel filter stands for Potts-type pairwise terms, `x_k ↦ λ x_k + K Σ_l x_l - K x_k` (eq. 15 and 16); the
-    labels are mixed between `K.restrict` and `K.prolong`, where maps are small. A pixel × label operator is the
-    pairwise term itself (eq. 13).
+    labels are mixed between `K.restrict` and `K.prolong`, where maps are small. Centered, the sum over the labels is
+    their mean. A pixel × label operator is the pairwise term itself (eq. 13).
     """
     if isinstance(operator, Filter):
         restricted = operator.convolve(operator.restrict(x))
-        pairwise = operator.prolong(tuple(t.sum(-1, keepdims=True) - t for t in restricted))
+        together = [(t.mean if centered else t.sum)(-1, keepdims=True) for t in restricted]
+        pairwise = operator.prolong(tuple(s - t for s, t in zip(together, restricted, strict=True)))
     else:
         pairwise = operator.apply(x)
     return regularization * x + pairwise
@@ -268,6 +271,7 @@ def solve_iteratively(
     tolerance: Array,
     max_iterations: int,
     lanczos_iterations: int = LANCZOS_ITERATIONS,
+    centered: bool = False,
 ) -> tuple[Array, GaussianCRFStats]:
     """Solves the system of `apply_system` by conjugate gradients, for any symmetric operator.
 
@@ -279,6 +283,7 @@ def solve_iteratively(
         max_iterations: at most.
         lanczos_iterations: for the extreme eigenvalues; of the filter of a Potts-type system these are extra
             products, of others those that the solution needs anyway.
+        centered: as in `apply_system`.
 
     Returns:
         The solution, differentiable implicitly, and how it was found.
@@ -301,7 +306,7 @@ def solve_iteratively(
         )
 
     def matvec(x: Array) -> Array:
-        return apply_system(operator, regularization, x)
+        return apply_system(operator, regularization, x, centered=centered)
 
     x, found = lax.custom_linear_solve(matvec, b, solve, symmetric=True, has_aux=True)
     still, lam = lax.stop_gradient((operator, regularization))
@@ -317,7 +322,7 @@ def solve_iteratively(
                 steps=lanczos_iterations,
             )
         )
-        smallest, largest = potts_extremes(lam, low, top, b.shape[-1])
+        smallest, largest = potts_extremes(lam, low, top, b.shape[-1], centered)
     else:
         seen = jnp.where(found.iterations > 0, found.smallest_eigenvalue, lam)
         low = lam if isinstance(still, PixelLabelGram) else seen
@@ -389,14 +394,17 @@ def _expand(x: Array, ndim: int) -> Array:
     return x.reshape(x.shape + (1,) * ndim)
 
 
-def potts_extremes(lam: Array, low: Array, top: Array, num_labels: int) -> tuple[Array, Array]:
-    """The extreme eigenvalues of a Potts-type system, from those of its filter: `λ + (L-1) s` and `λ - s`."""
+def potts_extremes(
+    lam: Array, low: Array, top: Array, num_labels: int, centered: bool = False
+) -> tuple[Array, Array]:
+    """The extreme eigenvalues of a Potts-type system, from those of its filter: `λ + (L-1) s` and `λ - s`.
+
+    Centered, `λ` stands in for the first.
+    """
     if num_labels == 1:  # nothing to disagree with
         return jnp.broadcast_to(lam, top.shape), jnp.broadcast_to(lam, top.shape)
-    return (
-        lam + jnp.minimum((num_labels - 1) * low, -top),
-        lam + jnp.maximum((num_labels - 1) * top, -low),
-    )
+    together = 0 if centered else num_labels - 1
+    return lam + jnp.minimum(together * low, -top), lam + jnp.maximum(together * top, -low)
 
 
 def _scale(affinities: Any, regularization: Array, scaling: str | None) -> Any:

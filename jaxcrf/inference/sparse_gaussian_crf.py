@@ -51,6 +51,7 @@ def sparse_gaussian_crf(
     tolerance: float = 1e-6,
     max_iterations: int | None = None,
     edge_scaling: EdgeScaling | None = None,
+    centered: bool = False,
     variances: bool = False,
 ) -> GaussianCRFResult:
     r"""The most probable scores of a Gaussian CRF whose pairwise terms join neighbouring pixels.
@@ -69,6 +70,15 @@ def sparse_gaussian_crf(
     line along the shorter side of the image, which makes the matrix block tridiagonal, and factorises it exactly in
     `O(N n²)`; the Potts kind once for the mean over the labels and once for the deviations from it. A block has
     `n` unknowns: one line of pixels, or two with 12 neighbours, times the labels for the general kind.
+
+    A Potts-type system falls apart into the mean over the labels, with `λ + (L-1) s` for every eigenvalue `s` of the
+    weights, and the deviations from it, with `λ - s`. Grids have eigenvalues of both signs, so that many labels
+    allow weak edges only. But a soft-max does not see the mean: `centered=True` leaves it to the unary,
+
+    .. math::
+        K_{(i,l),(j,l')} = w_{ij} \bigl(\tfrac1L - [l = l']\bigr) ,
+
+    with the same deviations, the same probabilities, and `λ > s_max` all that it takes.
 
     The system is definite if `λ` exceeds the sum of the absolute pairwise terms of every unknown, which
     `edge_scaling` sees to. Otherwise it need not be, and there may be no most probable `x`: "direct" then still
@@ -91,7 +101,8 @@ def sparse_gaussian_crf(
         max_iterations: of "cg", at most; None for 5000.
         edge_scaling: None leaves the edges as they are. "diagonally-dominant" weakens the edges of those pixels
             (and labels) whose absolute pairwise terms sum to more than `0.95 λ`, each by the factor that the needier of
-            its two ends asks for.
+            its two ends asks for. Centered, Potts-type weights themselves may sum to that.
+        centered: of the Potts kind, lets pairwise terms act on deviations from the mean over the labels only.
         variances: also compute the marginal variances, the diagonal of `(K + λI)⁻¹`, exactly, from the
             factorisation; for "direct" only. NaN where the system is not definite.
 
@@ -127,6 +138,8 @@ def sparse_gaussian_crf(
         raise ValueError(f"edge_scaling: got {edge_scaling!r}; expected {get_args(EdgeScaling)[0]!r} or None")
     if variances and solver == "cg":
         raise ValueError("variances: solver='cg' cannot give them; pass solver='direct' or 'auto'")
+    if centered and kind == "general":
+        raise ValueError("centered: kind='general' has terms of its own for all pairs of labels; pass False")
     grid: Any = Grid(edges, connectivity=connectivity, kind=kind)
     b = check_system(grid, unary, regularization, tolerance)
     dtype = jnp.promote_types(b.dtype, grid.edges.dtype)
@@ -142,6 +155,7 @@ def sparse_gaussian_crf(
         solver=solver,
         max_iterations=check_max_iterations(max_iterations, MAX_ITERATIONS),
         edge_scaling=edge_scaling,
+        centered=bool(centered),
         variances=bool(variances),
     )
 
@@ -153,7 +167,9 @@ def block_size(grid: PixelGrid | PixelLabelGrid) -> int:
 
 
 # Compiled here, so that calls outside any `jit` compile once per shape.
-@functools.partial(jax.jit, static_argnames=("solver", "max_iterations", "edge_scaling", "variances"))
+@functools.partial(
+    jax.jit, static_argnames=("solver", "max_iterations", "edge_scaling", "centered", "variances")
+)
 def _sparse_gaussian_crf(
     grid: PixelGrid | PixelLabelGrid,
     b: Array,
@@ -163,14 +179,15 @@ def _sparse_gaussian_crf(
     solver: str,
     max_iterations: int,
     edge_scaling: str | None,
+    centered: bool,
     variances: bool,
 ) -> GaussianCRFResult:
     everything = (grid, b, regularization, tolerance)
     grid, b, regularization, tolerance = varying_like(everything, everything)
     if edge_scaling is not None:
-        grid = _dominated(grid, regularization, b.shape[-1])
+        grid = _dominated(grid, regularization, 2 if centered else b.shape[-1])
     if solver == "direct":
-        return _solve_directly(grid, b, regularization, tolerance, variances)
+        return _solve_directly(grid, b, regularization, tolerance, centered, variances)
     x, stats = solve_iteratively(
         grid,
         b,
@@ -178,6 +195,7 @@ def _sparse_gaussian_crf(
         tolerance=tolerance,
         max_iterations=max_iterations,
         lanczos_iterations=LANCZOS_ITERATIONS,
+        centered=centered,
     )
     return GaussianCRFResult(x, stats)
 
@@ -287,17 +305,21 @@ def _blocks(grid: Any) -> tuple[Array, Array]:
 
 
 class _Factors(NamedTuple):
-    """The factorisations of a system: of everything, or of a Potts-type system's mean and deviations."""
+    """The factorisations of a system: of everything, or of a Potts-type system's mean and deviations.
 
-    mean: BlockFactor
+    None stands for `λI`: of the deviations of one label, and of the mean of centered terms.
+    """
+
+    mean: BlockFactor | None
     deviation: BlockFactor | None
 
     @property
     def definite(self) -> Array:
-        return self.mean.definite if self.deviation is None else self.mean.definite & self.deviation.definite
+        found = [factor.definite for factor in self if factor is not None]
+        return functools.reduce(jnp.logical_and, found, jnp.ones((), bool))
 
 
-def _factorise(grid: Any, regularization: Array, num_labels: int) -> _Factors:
+def _factorise(grid: Any, regularization: Array, num_labels: int, centered: bool) -> _Factors:
     diagonal, below = _blocks(grid)
     ridge = regularization * jnp.eye(diagonal.shape[-1], dtype=diagonal.dtype)
 
@@ -306,30 +328,33 @@ def _factorise(grid: Any, regularization: Array, num_labels: int) -> _Factors:
 
     if grid.kind == "general":
         return _Factors(factor(1), None)
-    return _Factors(factor(num_labels - 1), factor(-1) if num_labels > 1 else None)
+    several = num_labels > 1
+    mean = factor(num_labels - 1) if several and not centered else None
+    return _Factors(mean, factor(-1) if several else None)
 
 
 def _solve_directly(
-    grid: Any, b: Array, regularization: Array, tolerance: Array, variances: bool
+    grid: Any, b: Array, regularization: Array, tolerance: Array, centered: bool, variances: bool
 ) -> GaussianCRFResult:
     """Solves by block elimination; the factorisation also serves the backward pass."""
     num_labels = b.shape[-1]
     order = _Order.of(grid.spatial, grid.connectivity)
     still, lam, tolerance = lax.stop_gradient((grid, regularization, tolerance))
-    factors = _factorise(still, lam, num_labels)
+    factors = _factorise(still, lam, num_labels, centered)
     axes = (-3, -2, -1)
 
-    def solve_with(factor: BlockFactor, rhs: Array) -> Array:
+    def solve_with(factor: BlockFactor | None, rhs: Array) -> Array:
+        if factor is None:
+            return rhs / lam
         return order.restore(factor.solve(order.arrange(rhs)), grid.spatial)
 
     def once(rhs: Array) -> Array:
         if grid.kind == "general":
             arranged = order.arrange(rhs)
             columns = arranged.reshape(*arranged.shape[:-2], -1, 1)
-            return order.restore(factors.mean.solve(columns).reshape(arranged.shape), grid.spatial)
+            return order.restore(factors.mean.solve(columns).reshape(arranged.shape), grid.spatial)  # type: ignore[union-attr]
         mean = rhs.mean(-1, keepdims=True)
-        x = solve_with(factors.mean, mean)
-        return x if factors.deviation is None else x + solve_with(factors.deviation, rhs - mean)
+        return solve_with(factors.mean, mean) + solve_with(factors.deviation, rhs - mean)
 
     def solve(matvec: Callable[[Array], Array], rhs: Array) -> tuple[Array, Array]:
         x = once(rhs)
@@ -338,7 +363,7 @@ def _solve_directly(
         return x, relative_norm(rhs - matvec(x), rhs, axes)
 
     def matvec(x: Array) -> Array:
-        return apply_system(grid, regularization, x)
+        return apply_system(grid, regularization, x, centered=centered)
 
     x, residual = lax.custom_linear_solve(matvec, b, solve, symmetric=True, has_aux=True)
 
@@ -350,7 +375,7 @@ def _solve_directly(
     if grid.kind == "general":
         smallest, largest = lam + low, lam + top
     else:
-        smallest, largest = potts_extremes(lam, low, top, num_labels)
+        smallest, largest = potts_extremes(lam, low, top, num_labels, centered)
     definite = jnp.broadcast_to(factors.definite & (lam > 0), residual.shape) & ~(smallest <= 0)
     stats = GaussianCRFStats(
         iterations=jnp.zeros(residual.shape, jnp.int32),
@@ -362,22 +387,26 @@ def _solve_directly(
     )
     if not variances:
         return GaussianCRFResult(x, stats)
-    return GaussianCRFResult(x, stats, _variances(grid, regularization, definite, b.shape))
+    return GaussianCRFResult(x, stats, _variances(grid, regularization, definite, b.shape, centered))
 
 
-def _variances(grid: Any, regularization: Array, definite: Array, shape: tuple[int, ...]) -> Array:
+def _variances(
+    grid: Any, regularization: Array, definite: Array, shape: tuple[int, ...], centered: bool
+) -> Array:
     """The diagonal of `(K + λI)⁻¹`; of a Potts-type system that of the mean and of the deviations, weighted."""
     num_labels = shape[-1]
     order = _Order.of(grid.spatial, grid.connectivity)
-    factors = _factorise(grid, regularization, num_labels)
+    factors = _factorise(grid, regularization, num_labels, centered)
     columns = num_labels if grid.kind == "general" else 1
 
-    def diagonal(factor: BlockFactor) -> Array:
+    def diagonal(factor: BlockFactor | None) -> Array:
+        if factor is None:
+            return jnp.broadcast_to(1 / regularization, (*shape[:-1], 1))
         found = factor.inverse_diagonal()
         return order.restore(found.reshape(*found.shape[:-1], -1, columns), grid.spatial)
 
     total = diagonal(factors.mean)
-    if factors.deviation is not None:
+    if grid.kind == "potts":
         share = 1 / num_labels
         total = share * total + (1 - share) * diagonal(factors.deviation)
     return jnp.where(definite[..., None, None, None], jnp.broadcast_to(total, shape), jnp.nan)

@@ -227,6 +227,7 @@ class SparseGaussianCRF(_Layer):
         regularization: `λ`.
         learn_regularization: makes `λ` a parameter, positive at all times.
         edge_scaling: as in `sparse_gaussian_crf`; by default the system is sure to be definite.
+        centered: likewise; None for Potts-type edges only, which many labels would else keep weak.
         kernel_size: of the head's convolution, which should see both ends of an edge.
         solver: "auto", "cg" or "direct".
         tolerance: as in `sparse_gaussian_crf`.
@@ -259,6 +260,7 @@ class SparseGaussianCRF(_Layer):
         regularization: float = 1.0,
         learn_regularization: bool = False,
         edge_scaling: EdgeScaling | None = "diagonally-dominant",
+        centered: bool | None = None,
         kernel_size: int = 3,
         solver: Solver = "auto",
         tolerance: float = 1e-6,
@@ -280,6 +282,7 @@ class SparseGaussianCRF(_Layer):
             "kind": kind,
             "connectivity": connectivity,
             "edge_scaling": edge_scaling,
+            "centered": kind == "potts" if centered is None else centered,
             "solver": solver,
             "tolerance": tolerance,
             "max_iterations": max_iterations,

@@ -26,7 +26,10 @@ def random_edges(kind, spatial, connectivity, labels, seed=0, batch=()):
 def pairwise(kind, edges, labels):
     """`K`, written out."""
     matrix = oracles.grid_matrix(edges)
-    return matrix if kind == "general" else np.kron(matrix, np.ones((labels, labels)) - np.eye(labels))
+    if kind == "general":
+        return matrix
+    together = np.ones((labels, labels))
+    return np.kron(matrix, (together / labels if kind == "centered" else together) - np.eye(labels))
 
 
 def dense(kind, edges, labels, regularization):
@@ -39,8 +42,12 @@ def needed(kind, edges, labels):
     return max(1e-3, -np.linalg.eigvalsh(pairwise(kind, edges, labels))[0])
 
 
+def options_of(kind):
+    return {"kind": "potts", "centered": True} if kind == "centered" else {"kind": kind}
+
+
 class TestSparseGaussianCRF(SolverSuite):
-    SLOW_CASES: ClassVar = ("cg, general, 12", "direct, potts, 12")
+    SLOW_CASES: ClassVar = ("cg, general, 12", "direct, potts, 12", "cg, centered, 8")
     CASES: ClassVar = {
         f"{solver}, {kind}, {connectivity}": {"solver": solver, "kind": kind, "connectivity": connectivity}
         for solver, kind, connectivity in (
@@ -49,6 +56,8 @@ class TestSparseGaussianCRF(SolverSuite):
             ("cg", "general", 12),
             ("direct", "general", 4),
             ("direct", "potts", 12),
+            ("direct", "centered", 4),
+            ("cg", "centered", 8),
         )
     }
 
@@ -57,7 +66,7 @@ class TestSparseGaussianCRF(SolverSuite):
             system.parameters,
             system.unary,
             regularization=system.regularization,
-            **(self.CASES[case] | options),
+            **(self.CASES[case] | options_of(self.CASES[case]["kind"]) | options),
         )
 
     def arguments(self, case):
@@ -97,6 +106,7 @@ every_kind = pytest.mark.parametrize("kind", ["general", "potts"])
         ("potts", 8, (8, 5)),
         ("potts", 12, (5, 8)),
         ("potts", 12, (1, 6)),
+        ("centered", 8, (5, 8)),
         ("general", 4, (7, 1)),
         ("general", 8, (5, 8)),
         ("general", 12, (8, 5)),
@@ -106,7 +116,7 @@ every_kind = pytest.mark.parametrize("kind", ["general", "potts"])
 def test_the_direct_solver_orders_pixels_of_any_shape(kind, connectivity, spatial):
     edges, b = random_edges(kind, spatial, connectivity, 3), random(*spatial, 3, seed=1)
     least = needed(kind, edges, 3)
-    options = {"kind": kind, "connectivity": connectivity, "variances": True}
+    options = {"connectivity": connectivity, "variances": True, **options_of(kind)}
 
     @jax.jit
     def solve(regularization):
@@ -136,10 +146,10 @@ def test_indefinite_systems_are_reported_by_cg(kind):
         assert not bool(stats.converged)
 
 
-@pytest.mark.parametrize(("kind", "connectivity"), [("potts", 8), ("general", 12)])
+@pytest.mark.parametrize(("kind", "connectivity"), [("potts", 8), ("general", 12), ("centered", 4)])
 def test_dominated_edges_are_always_definite(kind, connectivity):
     b = random(5, 6, 3, seed=1)
-    options = {"kind": kind, "connectivity": connectivity, "regularization": 0.5}
+    options = {"connectivity": connectivity, "regularization": 0.5, **options_of(kind)}
 
     @jax.jit
     def solve(edges):
@@ -162,6 +172,23 @@ def test_dominated_edges_are_always_definite(kind, connectivity):
     unscaled = jaxcrf.sparse_gaussian_crf(edges, b, **options).scores
     np.testing.assert_allclose(found[-1, -1], unscaled[-1, -1], rtol=1e-3)
     assert_close(solve(edges).scores, unscaled, 1e-6)
+
+
+def test_centered_terms_have_the_probabilities_of_potts_terms():
+    edges, b = random_edges("potts", (5, 6), 8, 4), random(5, 6, 4, seed=1)
+    options = {"kind": "potts", "connectivity": 8, "regularization": 1.2 * needed("potts", edges, 4)}
+    plain, centered = (
+        jaxcrf.sparse_gaussian_crf(edges, b, centered=c, **options).scores for c in (False, True)
+    )
+    assert np.abs(np.asarray(plain - centered)).max() > 0.01
+    np.testing.assert_allclose(jax.nn.softmax(plain), jax.nn.softmax(centered), atol=1e-5)
+    # And of many labels they may be as strong as of two.
+    strong = np.full((5, 6, 4), 0.1, np.float32)
+    for labels in (2, 30):
+        u = random(5, 6, labels, seed=2)
+        options = {"kind": "potts", "connectivity": 8, "regularization": 1.0}
+        assert bool(jaxcrf.sparse_gaussian_crf(strong, u, centered=True, **options).stats.definite)
+    assert not bool(jaxcrf.sparse_gaussian_crf(strong, u, **options).stats.definite)
 
 
 @every_kind
@@ -276,6 +303,7 @@ def test_unknown_options_are_named():
         ({"connectivity": 8}, "edges: got shape"),
         ({"tolerance": -1.0}, "tolerance: got -1.0"),
         ({"max_iterations": -1}, "max_iterations: got -1"),
+        ({"centered": True, "kind": "general"}, "centered: kind='general'"),
         ({"variances": True, "solver": "cg"}, "variances: solver='cg' cannot give them"),
     ):
         with pytest.raises(ValueError, match=message):

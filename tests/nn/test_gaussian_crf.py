@@ -94,6 +94,7 @@ def test_layers_only_call_the_functions():
         regularization=1.0,
         connectivity=12,
         edge_scaling="diagonally-dominant",
+        centered=True,
     ).scores
     np.testing.assert_array_equal(StackedGaussianCRF([dense, sparse])(features, unary), second)
 
