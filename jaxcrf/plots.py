@@ -33,6 +33,8 @@ DIFFERENCE_COLORS = {
     "still wrong": (240, 200, 70),
 }
 _TEXT = "#222222"
+# The share of numbers that the scale of a picture spans; those beyond have the colour of its end.
+SHOWN_IN_FULL = 0.99
 
 
 def overlay(
@@ -275,7 +277,8 @@ def affinity(
     Each row is one reference pixel `i`, marked by a ring; its pictures hold `K e_i`, for a filter one number per pixel
     `j`, for an operator that mixes labels one for every label of `j`, given a label of `i`. For a `Gram` these
     are the inner products of embeddings. Zero is white; positive terms, which keep scores from being
-    large together, are orange, negative ones blue; the scale of a row leaves the reference pixel itself out.
+    large together, are orange, negative ones blue; the scale of a row leaves the reference pixel itself and the
+    largest hundredth of the others out.
 
     Args:
         K: any filter or operator over one image.
@@ -324,7 +327,8 @@ def affinity(
         terms = np.asarray(K(jnp.zeros((*K.spatial, count)).at[y, x, mine].set(1)))[..., theirs]
         others = terms.copy()
         others[y, x] = 0
-        limit = np.abs(others).max()
+        # A few outliers would leave the rest white; where all but a few are zero, they are the picture.
+        limit = np.quantile(np.abs(others), SHOWN_IN_FULL) or np.abs(others).max()
         pictures = [_diverging(terms[..., k], limit) for k in range(len(theirs))]
         rows.append([_rgb("image", image), *pictures] if image is not None else pictures)
     if image is not None:
@@ -352,7 +356,7 @@ def uncertainty(
 ) -> Figure:
     r"""Shows how sure a Gaussian CRF is: image, labels, standard deviations, and the chance of the runner-up.
 
-    The third picture is :math:`σ` of the winning label's score, from white for the smallest to dark for the largest.
+    The third picture is :math:`σ` of the winning label's score, from white to dark, but for the outermost hundredths.
     The fourth is the chance that the second label's score is the larger one, taken as if the two were independent,
     :math:`Φ\bigl(-(x_1 - x_2) / \sqrt{σ_1^2 + σ_2^2}\bigr)`, from white for none to dark for a half.
 
@@ -393,8 +397,8 @@ def uncertainty(
     z = (first - second) / np.sqrt(2 * (v1 + v2))
     chance = 0.5 * np.vectorize(math.erfc)(z)
     deviation = np.sqrt(v1)
-    spread = deviation.max() - deviation.min()
-    shares = (deviation - deviation.min()) / (spread if spread > 0 else 1)
+    least, most = np.quantile(deviation, [1 - SHOWN_IN_FULL, SHOWN_IN_FULL])
+    shares = (deviation - least) / (most - least if most > least else 1)
     winners = order[..., 0]
     pictures = {
         "image": _rgb("image", image),
@@ -402,7 +406,7 @@ def uncertainty(
         "σ of the winner": _shaded(shares),
         "chance of the runner-up": _shaded(2 * chance),
     }
-    ends = {2.5: (f"{deviation.min():.3g}", f"{deviation.max():.3g}"), 3.5: ("0", "½")}
+    ends = {2.5: (f"{least:.3g}", f"{most:.3g}"), 3.5: ("0", "½")}
     legends = [
         _Legend([_patch((255, 255, 255), low), _patch(_SHADE, high)], center, panel_width)
         for center, (low, high) in ends.items()
