@@ -37,7 +37,7 @@ def photograph(height, width):
 class TestLandmark(FilterSuite):
     # Gradients are taken in the leaves of the built filter, of which the landmarks are one: as functions of
     # the features they are constants to a gradient and not to a finite difference.
-    SLOW_CASES: ClassVar = ("one colour", "batches that broadcast", "volume")
+    SLOW_CASES: ClassVar = ("one colour", "three kernels", "batches that broadcast", "volume")
     CASES: ClassVar = {
         "cells that do not fit": lambda: Landmark(colored(5, 7, bandwidth=(17.0, 33.0)), num_landmarks=6),
         "bare": lambda: Landmark(features(5, 7, 5), num_landmarks=9, weights=1.5),

@@ -26,7 +26,7 @@ class TestLattice(FilterSuite):
         "shared and batched": ((features(4, 5, 2), features(2, 4, 5, 3)), {}),
         "volume": ((features(2, 3, 4, 4),), {"spatial_ndim": 3}),
     }
-    SLOW_CASES: ClassVar = ("both orders", "volume")
+    SLOW_CASES: ClassVar = ("both orders", "shared and batched", "volume")
     CASES: ClassVar = {
         name: lambda arguments=arguments: Lattice(arguments[0], **arguments[1])
         for name, arguments in ARGUMENTS.items()

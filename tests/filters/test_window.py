@@ -29,6 +29,16 @@ def bank(shape, filter_size, *, batch=(), channels=3, blur=1, kind="none"):
 
 
 class TestWindow(FilterSuite):
+    SLOW_CASES: ClassVar = (
+        "smoothness",
+        "bank, rectangular window",
+        "bank, before",
+        "blur 3, cut cells",
+        "blur 4, larger than the image",
+        "volume",
+        "one row",
+        "window larger than the image",
+    )
     CASES: ClassVar = {
         "one kernel of bare features": lambda: Window(image(6, 5, 2, smooth=1.0), 3),
         "smoothness": lambda: Window(jaxcrf.position_features((5, 7), (1.0, 2.0)), 5, weights=2.0),
