@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from jaxcrf.data.images import replacing, voc_palette
-from jaxcrf.filters import Filter, PixelLabelOperator
+from jaxcrf.filters import LinearOperator, PixelLabelOperator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -264,7 +264,7 @@ def refinement_figure(
 
 
 def affinity(
-    K: Filter | PixelLabelOperator,
+    K: LinearOperator,
     pixels: Sequence[int] | Sequence[Sequence[int]],
     *,
     image: Num[Array | np.ndarray, "height width *channels"] | None = None,

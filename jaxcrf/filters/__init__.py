@@ -6,6 +6,7 @@ normalisations `K.normalized(kind)`, and can be added to another: `K1 + K2`.
 
 from jaxcrf.filters.base import Diagonal as Diagonal
 from jaxcrf.filters.base import Filter as Filter
+from jaxcrf.filters.base import LinearOperator as LinearOperator
 from jaxcrf.filters.base import PixelLabelOperator as PixelLabelOperator
 from jaxcrf.filters.base import Sum as Sum
 from jaxcrf.filters.dense import Dense as Dense

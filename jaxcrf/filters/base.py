@@ -55,9 +55,13 @@ class Immutable:
     def from_fields(cls, **fields: Any) -> Self:
         """Makes an instance from its fields, unchecked."""
         self = object.__new__(cls)
+        self._initialize(**fields)
+        return self
+
+    def _initialize(self, **fields: Any) -> None:
+        """Sets fields, as constructors may."""
         for name, value in fields.items():
             object.__setattr__(self, name, value)
-        return self
 
     def replace(self, **fields: Any) -> Self:
         """The same filter with some fields exchanged, unchecked."""
@@ -79,7 +83,65 @@ class Immutable:
         return f"{type(self).__name__}({', '.join(fields)})"
 
 
-class Filter(Immutable, abc.ABC):
+class LinearOperator(Immutable, abc.ABC):
+    """A linear operator `K` on maps `[*batch, *spatial, labels]`: a `Filter` or a `PixelLabelOperator`."""
+
+    @property
+    @abc.abstractmethod
+    def spatial(self) -> tuple[int, ...]:
+        """The spatial shape of the maps."""
+
+    @property
+    @abc.abstractmethod
+    def batch(self) -> tuple[int, ...]:
+        """The operator's own batch shape; maps broadcast against it."""
+
+    @property
+    @abc.abstractmethod
+    def is_symmetric(self) -> bool:
+        """Whether `K.T` is `K`, known from the structure alone."""
+
+    @property
+    @abc.abstractmethod
+    def T(self) -> "LinearOperator":
+        """The transpose, exact: `⟨p, K q⟩ = ⟨K.T p, q⟩`."""
+
+    @abc.abstractmethod
+    def diagonal(self) -> Array:
+        """The diagonal of `K`: the weight of every pixel, or of its every label, in its own message."""
+
+    @abc.abstractmethod
+    def apply(self, q: Array) -> Array:
+        """`K q` of checked maps, in float32 or wider."""
+
+    @abc.abstractmethod
+    def check(self, q: Any, name: str = "q") -> Array:
+        """Makes `q` an array with the operator's shape and broadcast batch, or raises."""
+
+    def __call__(
+        self, q: Float[Array, "*batch_and_spatial labels"]
+    ) -> Float[Array, "*batch_and_spatial labels"]:
+        """Applies the operator.
+
+        Args:
+            q: `[*batch, *spatial, labels]`; batch axes broadcast against the operator's.
+
+        Returns:
+            `K q` of the broadcast shape, in the type of `q`.
+
+        Raises:
+            ValueError: if the shape is not the operator's, or `q` is not floating point.
+        """
+        return _apply(self, self.check(q))
+
+
+# Compiled here, so that calls outside any `jit` compile once per shape and geometry.
+@jax.jit
+def _apply(k: LinearOperator, q: Array) -> Array:
+    return k.apply(q).astype(q.dtype)
+
+
+class Filter(LinearOperator):
     r"""A linear operator `K` over pixels, the same for every label.
 
     `K(q)` filters maps `[*batch, *spatial, labels]`. Subclasses implement `convolve` and, where the
@@ -90,27 +152,8 @@ class Filter(Immutable, abc.ABC):
 
     @property
     @abc.abstractmethod
-    def spatial(self) -> tuple[int, ...]:
-        """The spatial shape of the maps that are filtered."""
-
-    @property
-    @abc.abstractmethod
-    def batch(self) -> tuple[int, ...]:
-        """The filter's own batch shape; maps broadcast against it."""
-
-    @property
-    @abc.abstractmethod
-    def is_symmetric(self) -> bool:
-        """Whether `K.T` is `K`, known from the structure alone."""
-
-    @property
-    @abc.abstractmethod
     def T(self) -> "Filter":
         """The transpose, exact: `⟨p, K q⟩ = ⟨K.T p, q⟩`."""
-
-    @abc.abstractmethod
-    def diagonal(self) -> Float[Array, "*batch_and_spatial"]:
-        """The diagonal of `K`: the weight of every pixel in its own message."""
 
     @abc.abstractmethod
     def normalized(self, kind: Normalization) -> "Filter":
@@ -154,21 +197,8 @@ class Filter(Immutable, abc.ABC):
         """Brings filtered maps back to pixels."""
         return convolved[0]
 
-    def __call__(
-        self, q: Float[Array, "*batch_and_spatial labels"]
-    ) -> Float[Array, "*batch_and_spatial labels"]:
-        """Applies the filter.
-
-        Args:
-            q: `[*batch, *spatial, labels]`; batch axes broadcast against the filter's.
-
-        Returns:
-            `K q` of the broadcast shape, in the type of `q`.
-
-        Raises:
-            ValueError: if the spatial shape is not the filter's, or `q` is not floating point.
-        """
-        return _apply(self, self.check(q))
+    def apply(self, q: Array) -> Array:  # noqa: D102
+        return self.prolong(self.convolve(self.restrict(q)))
 
     def check(self, q: Any, name: str = "q") -> Array:
         """Makes `q` an array with the filter's spatial shape and broadcast batch, or raises."""
@@ -198,17 +228,11 @@ class Filter(Immutable, abc.ABC):
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
 
-# Compiled here, so that calls outside any `jit` compile once per shape and filter geometry.
-@jax.jit
-def _apply(k: Filter, q: Array) -> Array:
-    return k.prolong(k.convolve(k.restrict(q))).astype(q.dtype)
-
-
 def _terms(k: Filter) -> tuple[Filter, ...]:
     return k.terms if isinstance(k, Sum) else (k,)
 
 
-class PixelLabelOperator(Immutable, abc.ABC):
+class PixelLabelOperator(LinearOperator):
     """A linear operator on maps `[*batch, *spatial, labels]` that mixes labels as well as pixels.
 
     Linear solvers take it. Mean field does not: it wants a filter, which treats all labels alike, and a
@@ -217,52 +241,13 @@ class PixelLabelOperator(Immutable, abc.ABC):
 
     @property
     @abc.abstractmethod
-    def spatial(self) -> tuple[int, ...]:
-        """The spatial shape of the maps."""
-
-    @property
-    @abc.abstractmethod
     def num_labels(self) -> int:
         """The labels of a pixel."""
 
     @property
     @abc.abstractmethod
-    def batch(self) -> tuple[int, ...]:
-        """The operator's own batch shape; maps broadcast against it."""
-
-    @property
-    @abc.abstractmethod
-    def is_symmetric(self) -> bool:
-        """Whether `K.T` is `K`, known from the structure alone."""
-
-    @property
-    @abc.abstractmethod
     def T(self) -> "PixelLabelOperator":
         """The transpose, exact: `⟨p, K q⟩ = ⟨K.T p, q⟩`."""
-
-    @abc.abstractmethod
-    def diagonal(self) -> Float[Array, "*batch_and_spatial labels"]:
-        """The diagonal: the weight of every pixel's every label in its own message."""
-
-    @abc.abstractmethod
-    def apply(self, q: Array) -> Array:
-        """`K q` of checked maps in float32 or wider."""
-
-    def __call__(
-        self, q: Float[Array, "*batch_and_spatial labels"]
-    ) -> Float[Array, "*batch_and_spatial labels"]:
-        """Applies the operator.
-
-        Args:
-            q: `[*batch, *spatial, labels]`; batch axes broadcast against the operator's.
-
-        Returns:
-            `K q` of the broadcast shape, in the type of `q`.
-
-        Raises:
-            ValueError: if spatial shape or labels are not the operator's, or `q` is not floating point.
-        """
-        return _apply_mixing(self, self.check(q))
 
     def check(self, q: Any, name: str = "q") -> Array:
         """Makes `q` an array with the operator's shape and broadcast batch, or raises."""
@@ -276,10 +261,40 @@ class PixelLabelOperator(Immutable, abc.ABC):
         return broadcast_to_batch(q, len(shape), self.batch, name)
 
 
-# Likewise compiled here.
-@jax.jit
-def _apply_mixing(k: PixelLabelOperator, q: Array) -> Array:
-    return k.apply(q.astype(jnp.promote_types(q.dtype, jnp.float32))).astype(q.dtype)
+class ScaledFilter(Filter):
+    """A filter of one symmetric kernel between scales of the pixels, `diag(left) K diag(right)`."""
+
+    left: Array | None  # [*batch, *spatial], applied after the kernel
+    right: Array | None  # likewise, applied before it
+    symmetric_scales: bool
+
+    @property
+    def is_symmetric(self) -> bool:
+        """True without, or with symmetric, normalisation."""
+        return self.symmetric_scales
+
+    @property
+    def T(self) -> Self:
+        """The transpose: scales change sides."""
+        return self.replace(left=self.right, right=self.left)
+
+    @abc.abstractmethod
+    def row_sums(self) -> Float[Array, "*batch_and_spatial"]:
+        """Those of the kernel without scales."""
+
+    def normalized(self, kind: Normalization) -> Self:
+        """As every filter's; where row sums are zero or negative, this is not finite."""
+        check_normalization(kind)
+        bare = self.replace(left=None, right=None, symmetric_scales=True)
+        if kind == "none":
+            return bare
+        left, right = normalizing_scales(self.row_sums(), kind)
+        return bare.replace(left=left, right=right, symmetric_scales=kind == "symmetric")
+
+
+def scale_pixels(x: Array, scale: Array | None) -> Array:
+    """Maps `[*batch, *spatial, labels]` times `[*batch, *spatial]`; None for ones."""
+    return x if scale is None else x * scale[..., None]
 
 
 @filter_pytree(data=("terms",), static=())
@@ -293,7 +308,7 @@ class Sum(Filter):
     terms: tuple[Filter, ...]
 
     def __init__(self, terms: Sequence[Filter]):
-        object.__setattr__(self, "terms", tuple(terms))
+        self._initialize(terms=tuple(terms))
 
     @property
     def spatial(self) -> tuple[int, ...]:  # noqa: D102
@@ -372,8 +387,7 @@ class Diagonal(Filter):
 
     def __init__(self, values: Float[Array, "*batch_and_spatial"], spatial_ndim: int = 2):
         values = jnp.asarray(values)
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "_spatial", values.shape[values.ndim - spatial_ndim :])
+        self._initialize(values=values, _spatial=values.shape[values.ndim - spatial_ndim :])
 
     @property
     def spatial(self) -> tuple[int, ...]:  # noqa: D102
@@ -422,9 +436,7 @@ def broadcast_to_batch(q: Array, ndim: int, batch: tuple[int, ...], name: str) -
 
 
 def normalizing_scales(sums: Array, kind: Normalization) -> tuple[Array | None, Array | None]:
-    """What multiplies a kernel of row sums `sums` from the left and from the right; None where nothing does."""
-    if kind == "none":
-        return None, None
+    """What normalises a kernel of row sums `sums` from the left and from the right; None where nothing does."""
     sums = sums + NORMALIZATION_EPSILON
     if kind == "symmetric":
         root = lax.rsqrt(sums)

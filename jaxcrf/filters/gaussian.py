@@ -60,15 +60,10 @@ class GaussianFilter(Filter):
     symmetric_scales: bool
 
     def _set_kernels(self, kernels: Sequence[Kernel], weights: Array) -> None:
-        fields = {
-            "kernels": tuple(kernels),
-            "weights": weights,
-            "left": (None,) * len(kernels),
-            "right": (None,) * len(kernels),
-            "symmetric_scales": True,
-        }
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
+        none = (None,) * len(kernels)
+        self._initialize(
+            kernels=tuple(kernels), weights=weights, left=none, right=none, symmetric_scales=True
+        )
 
     @property
     def spatial(self) -> tuple[int, ...]:  # noqa: D102

@@ -8,8 +8,14 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from jaxcrf import _checks
-from jaxcrf._checks import Normalization, check_normalization
-from jaxcrf.filters.base import Filter, Immutable, PixelLabelOperator, filter_pytree, normalizing_scales
+from jaxcrf.filters.base import (
+    Filter,
+    Immutable,
+    PixelLabelOperator,
+    ScaledFilter,
+    filter_pytree,
+    scale_pixels,
+)
 
 EmbeddingKind = Literal["general", "potts"]
 
@@ -89,8 +95,7 @@ class Gram(Immutable):
         self._set(embeddings, embeddings.shape[begin : begin + spatial_ndim])
 
     def _set(self, embeddings: Array, spatial: tuple[int, ...]) -> None:
-        object.__setattr__(self, "embeddings", embeddings)
-        object.__setattr__(self, "_spatial", spatial)
+        self._initialize(embeddings=embeddings, _spatial=spatial)
 
     @property
     def kind(self) -> EmbeddingKind:
@@ -149,17 +154,12 @@ class Gram(Immutable):
 
 
 @filter_pytree(data=("embeddings", "left", "right"), static=("_spatial", "symmetric_scales"))
-class PixelGram(Gram, Filter):
+class PixelGram(Gram, ScaledFilter):
     """The Potts kind of `Gram`, a pixel filter; made by `Gram(embeddings, kind="potts")`."""
-
-    left: Array | None  # [*batch, *spatial], applied after the inner products
-    right: Array | None  # likewise, applied before them
-    symmetric_scales: bool
 
     def _set(self, embeddings: Array, spatial: tuple[int, ...]) -> None:
         super()._set(embeddings, spatial)
-        for name, value in {"left": None, "right": None, "symmetric_scales": True}.items():
-            object.__setattr__(self, name, value)
+        self._initialize(left=None, right=None, symmetric_scales=True)
 
     @property
     def spatial(self) -> tuple[int, ...]:  # noqa: D102
@@ -169,28 +169,12 @@ class PixelGram(Gram, Filter):
     def batch(self) -> tuple[int, ...]:  # noqa: D102
         return self.embeddings.shape[: self.embeddings.ndim - self._tail]
 
-    @property
-    def is_symmetric(self) -> bool:
-        """True without, or with symmetric, normalisation."""
-        return self.symmetric_scales
-
-    @property
-    def T(self) -> "PixelGram":
-        """The transpose: scales change sides."""
-        return self.replace(left=self.right, right=self.left)
-
     def diagonal(self) -> Array:  # noqa: D102
-        return _scaled(_scaled(self.squared_norms(), self.left), self.right)
+        return scale_pixels(scale_pixels(self.squared_norms()[..., None], self.left), self.right)[..., 0]
 
-    def normalized(self, kind: Normalization) -> "PixelGram":
-        """As every filter's; row sums of inner products can be zero or negative, and then this is not finite."""
-        check_normalization(kind)
-        bare = self.replace(left=None, right=None, symmetric_scales=True)
-        if kind == "none":
-            return bare
-        ones = jnp.ones((*self.spatial, 1), self.embeddings.dtype)
-        left, right = normalizing_scales(bare(ones)[..., 0], kind)
-        return bare.replace(left=left, right=right, symmetric_scales=kind == "symmetric")
+    def row_sums(self) -> Array:  # noqa: D102
+        bare = self.replace(left=None, right=None)
+        return bare(jnp.ones((*self.spatial, 1), self.embeddings.dtype))[..., 0]
 
     @property
     def restricts(self) -> bool:  # noqa: D102
@@ -198,9 +182,7 @@ class PixelGram(Gram, Filter):
 
     def restrict(self, q: Array) -> tuple[Array, ...]:
         """`Â q`, `[*batch, D, labels]` (eq. 15)."""
-        q = q.astype(jnp.promote_types(q.dtype, jnp.float32))
-        if self.right is not None:
-            q = q * self.right[..., None]
+        q = scale_pixels(q.astype(jnp.promote_types(q.dtype, jnp.float32)), self.right)
         q = q.reshape(*q.shape[: -1 - len(self.spatial)], self.spatial[0], -1, q.shape[-1])
         # In this order of axes the products take a CPU a quarter of the time.
         t = jnp.einsum("...rmd,...rml->...rld", self._in_rows(), q, precision=PRECISION).sum(-3)
@@ -214,7 +196,7 @@ class PixelGram(Gram, Filter):
         rows, t = self._in_rows(), _for_each_row(convolved[0], self._spatial[0], 2)
         q = jnp.einsum("...rmd,...rdl->...rml", rows, t, precision=PRECISION)
         q = q.reshape(*q.shape[:-3], *self.spatial, q.shape[-1])
-        return q if self.left is None else q * self.left[..., None]
+        return scale_pixels(q, self.left)
 
 
 @filter_pytree(data=("embeddings",), static=("_spatial",))
@@ -264,7 +246,3 @@ def _for_each_row(t: Array, rows: int, ndim: int) -> Array:
     begin = t.ndim - ndim
     t = jnp.expand_dims(t, begin)
     return jnp.broadcast_to(t, (*t.shape[:begin], rows, *t.shape[begin + 1 :]))
-
-
-def _scaled(x: Array, scale: Array | None) -> Array:
-    return x if scale is None else x * scale

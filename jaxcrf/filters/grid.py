@@ -9,8 +9,14 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxcrf import _checks
-from jaxcrf._checks import Normalization, check_normalization
-from jaxcrf.filters.base import Filter, Immutable, PixelLabelOperator, filter_pytree, normalizing_scales
+from jaxcrf.filters.base import (
+    Filter,
+    Immutable,
+    PixelLabelOperator,
+    ScaledFilter,
+    filter_pytree,
+    scale_pixels,
+)
 
 EdgeKind = Literal["general", "potts"]
 Connectivity = Literal[4, 8, 12]
@@ -85,12 +91,12 @@ class Grid(Immutable):
                 f"connectivity={connectivity}, the edges that start at each pixel"
             )
         _checks.check_not_empty("edges", edges)
-        object.__setattr__(self, "connectivity", connectivity)
+        self._initialize(connectivity=connectivity)
         inside = edges_inside(edges.shape[axis - 2 : axis], connectivity)
         self._set(jnp.where(inside.reshape(*inside.shape, *(1 for _ in labels)), edges, 0))
 
     def _set(self, edges: Array) -> None:
-        object.__setattr__(self, "edges", edges)
+        self._initialize(edges=edges)
 
     @property
     def kind(self) -> EdgeKind:
@@ -103,28 +109,19 @@ class Grid(Immutable):
 
 
 @filter_pytree(data=("stencil", "left", "right"), static=("connectivity", "symmetric_scales"))
-class PixelGrid(Grid, Filter):
+class PixelGrid(Grid, ScaledFilter):
     """The Potts kind of `Grid`, a pixel filter; made by `Grid(edges, connectivity=4, kind="potts")`."""
 
     stencil: (
         Array  # [*batch, height, width, 2 E]: what comes from the other ends of edges, and from their starts
     )
-    left: Array | None  # [*batch, height, width], applied after the sums
-    right: Array | None  # likewise, applied before them
-    symmetric_scales: bool
 
     def _set(self, edges: Array) -> None:
         backward = [
             _shifted(edges[..., e, None], (-dy, -dx))[..., 0] for e, (dy, dx) in enumerate(self._offsets)
         ]
-        fields = {
-            "stencil": jnp.concatenate([edges, jnp.stack(backward, -1)], -1),
-            "left": None,
-            "right": None,
-            "symmetric_scales": True,
-        }
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
+        stencil = jnp.concatenate([edges, jnp.stack(backward, -1)], -1)
+        self._initialize(stencil=stencil, left=None, right=None, symmetric_scales=True)
 
     @property
     def edges(self) -> Float[Array, "*batch height width edges"]:
@@ -139,16 +136,6 @@ class PixelGrid(Grid, Filter):
     def batch(self) -> tuple[int, ...]:  # noqa: D102
         return self.stencil.shape[:-3]
 
-    @property
-    def is_symmetric(self) -> bool:
-        """True without, or with symmetric, normalisation."""
-        return self.symmetric_scales
-
-    @property
-    def T(self) -> "PixelGrid":
-        """The transpose: scales change sides."""
-        return self.replace(left=self.right, right=self.left)
-
     def degrees(self) -> Float[Array, "*batch height width"]:
         """The sum of the absolute weights of a pixel's edges, which bounds all eigenvalues (Gershgorin)."""
         return jnp.abs(self.stencil).sum(-1)
@@ -157,23 +144,14 @@ class PixelGrid(Grid, Filter):
         """Zeros: no pixel is its own neighbour."""
         return jnp.zeros(self.stencil.shape[:-1], self.stencil.dtype)
 
-    def normalized(self, kind: Normalization) -> "PixelGrid":
-        """As every filter's; row sums of weights can be zero or negative, and then this is not finite."""
-        check_normalization(kind)
-        bare = self.replace(left=None, right=None, symmetric_scales=True)
-        if kind == "none":
-            return bare
-        left, right = normalizing_scales(self.stencil.sum(-1), kind)
-        return bare.replace(left=left, right=right, symmetric_scales=kind == "symmetric")
+    def row_sums(self) -> Array:  # noqa: D102
+        return self.stencil.sum(-1)
 
     def convolve(self, restricted: tuple[Array, ...]) -> tuple[Array, ...]:  # noqa: D102
         (q,) = restricted
-        q = q.astype(jnp.promote_types(q.dtype, self.stencil.dtype))
-        if self.right is not None:
-            q = q * self.right[..., None]
+        q = scale_pixels(q.astype(jnp.promote_types(q.dtype, self.stencil.dtype)), self.right)
         both = (*self._offsets, *((-dy, -dx) for dy, dx in self._offsets))
-        total = _sum_shifted(q, self.stencil, both)
-        return (total if self.left is None else total * self.left[..., None],)
+        return (scale_pixels(_sum_shifted(q, self.stencil, both), self.left),)
 
 
 @filter_pytree(data=("edges",), static=("connectivity",))

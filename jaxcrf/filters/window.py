@@ -121,21 +121,19 @@ class Window(Filter):
             raise ValueError(f"blur: got {blur!r}; expected a whole number >= 1")
         select_implementation(implementation)
         on_grid = [_to_grid(f, int(blur), spatial) for f in kernels]
-        fields = {
-            "features": tuple(values for values, _ in on_grid),
-            "weights": weights,
-            "left": None,
-            "right": None,
-            "_spatial": spatial,
-            "filter_size": tuple(map(int, sizes)),
-            "blur": int(blur),
-            "position_bandwidths": tuple(bandwidths for _, bandwidths in on_grid),
-            "transposed": False,
-            "symmetric_scales": True,
-            "implementation": implementation,
-        }
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
+        self._initialize(
+            features=tuple(values for values, _ in on_grid),
+            weights=weights,
+            left=None,
+            right=None,
+            _spatial=spatial,
+            filter_size=tuple(map(int, sizes)),
+            blur=int(blur),
+            position_bandwidths=tuple(bandwidths for _, bandwidths in on_grid),
+            transposed=False,
+            symmetric_scales=True,
+            implementation=implementation,
+        )
 
     @property
     def spatial(self) -> tuple[int, ...]:  # noqa: D102

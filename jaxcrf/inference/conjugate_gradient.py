@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from jaxcrf import _checks
-from jaxcrf.filters import Filter, PixelLabelOperator
+from jaxcrf.filters import Filter, LinearOperator
 from jaxcrf_kernels._varying import varying_like
 
 Operator = Callable[[Array], Array]
@@ -105,7 +105,7 @@ class Lanczos(NamedTuple):
 
 
 def conjugate_gradient(
-    operator: Filter | PixelLabelOperator | Operator,
+    operator: LinearOperator | Operator,
     b: Float[Array, "*batch_and_unknowns"],
     *,
     x0: Float[Array, "*batch_and_unknowns"] | None = None,
@@ -163,14 +163,14 @@ def conjugate_gradient(
         Hestenes and Stiefel, 1952; Chandra, Usunier and Kokkinos, 2017, algorithm 1 and, for the gradient in
         `b`, eq. 6. Van der Vorst and Ye, 2000, for residual replacement.
     """
-    filtered = isinstance(operator, (Filter, PixelLabelOperator))
+    filtered = isinstance(operator, LinearOperator)
     if not callable(operator):
         raise TypeError(f"operator: got {type(operator).__name__}; expected a filter or a function x ↦ A x")
     if preconditioner is not None and not callable(preconditioner):
         raise TypeError(
             f"preconditioner: got {type(preconditioner).__name__}; expected a filter or a function r ↦ M r"
         )
-    if isinstance(operator, (Filter, PixelLabelOperator)):
+    if isinstance(operator, LinearOperator):
         if not operator.is_symmetric:
             raise ValueError(
                 "operator: a filter that is not symmetric; conjugate gradients need one, e.g. with the "
@@ -241,7 +241,7 @@ def _solve(
     max_iterations: int,
     batch_ndim: int,
 ) -> tuple[Array, ConjugateGradientStats]:
-    if isinstance(operator, (Filter, PixelLabelOperator)):
+    if isinstance(operator, LinearOperator):
         operator, b = varying_like((operator, b), (operator, b))
     frozen = lax.stop_gradient((x0, tolerance, absolute_tolerance))
 

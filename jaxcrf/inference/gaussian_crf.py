@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from jaxcrf import _checks
-from jaxcrf.filters import Filter, PixelLabelOperator
+from jaxcrf.filters import Filter, LinearOperator
 from jaxcrf.filters.gram import PRECISION, EmbeddingKind, Gram, PixelGram, PixelLabelGram
 from jaxcrf.inference.conjugate_gradient import (
     ConjugateGradientStats,
@@ -202,9 +202,7 @@ def choose_solver(
     return "cg" if wide and definite else "direct"
 
 
-def check_system(
-    operator: Filter | PixelLabelOperator, unary: Any, regularization: Any, tolerance: Any
-) -> Array:
+def check_system(operator: LinearOperator, unary: Any, regularization: Any, tolerance: Any) -> Array:
     """Checks what all Gaussian CRFs take, and makes the unary an array of the operator's joint batch shape."""
     if np.ndim(regularization):
         raise ValueError(f"regularization: got shape {np.shape(regularization)}; expected one number > 0")
@@ -245,9 +243,7 @@ def _gaussian_crf(
     return GaussianCRFResult(x, stats, _variances(affinities, b, regularization, dual) if variances else None)
 
 
-def apply_system(
-    operator: Filter | PixelLabelOperator, regularization: Any, x: Array, *, centered: bool = False
-) -> Array:
+def apply_system(operator: LinearOperator, regularization: Any, x: Array, *, centered: bool = False) -> Array:
     r"""`(K + λI) x`: the system of a Gaussian CRF, of any symmetric operator.
 
     A pixel filter stands for Potts-type pairwise terms, `x_k ↦ λ x_k + K Σ_l x_l - K x_k` (eq. 15 and 16); the
@@ -264,7 +260,7 @@ def apply_system(
 
 
 def solve_iteratively(
-    operator: Filter | PixelLabelOperator,
+    operator: LinearOperator,
     b: Array,
     regularization: Array,
     *,

@@ -8,7 +8,7 @@ from jax import Array
 
 from jaxcrf import _checks
 from jaxcrf.compatibility import as_compatibility
-from jaxcrf.filters import Diagonal, Filter, PixelLabelOperator
+from jaxcrf.filters import Diagonal, Filter, LinearOperator, PixelLabelOperator
 
 
 class PairwiseTerm(NamedTuple):
@@ -34,7 +34,7 @@ def pairwise_terms(pairwise: Any, num_labels: int, *, exclude_self: bool = False
         TypeError: if something else stands where a filter should.
         ValueError: if a compatibility has the wrong shape or filters are over different images.
     """
-    if isinstance(pairwise, (Filter, PixelLabelOperator)):
+    if isinstance(pairwise, LinearOperator):
         pairwise = [pairwise]
     if not isinstance(pairwise, Sequence):
         raise TypeError(
