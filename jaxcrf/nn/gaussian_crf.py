@@ -1,8 +1,8 @@
 """Layers of Gaussian CRFs: pairwise terms from features, scores from one linear solve."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -98,7 +98,11 @@ class EdgeHead(nnx.Module):
 
 
 class _Layer(nnx.Module):
-    """What both layers do with `λ`."""
+    """A head that makes the pairwise terms, `λ`, and the function that solves for the scores."""
+
+    _crf: ClassVar[Callable[..., GaussianCRFResult]]
+    head: nnx.Module
+    _options: dict[str, Any]
 
     def _set_regularization(self, regularization: float, learned: bool) -> None:
         if not 0 < regularization < math.inf:
@@ -113,6 +117,30 @@ class _Layer(nnx.Module):
         if self.regularization_logit is None:
             return self._regularization
         return self._regularization * softplus(self.regularization_logit[...])
+
+    def solve(
+        self,
+        features: Float[Array, "*batch height width channels"],
+        unary: Float[Array, "*batch height width labels"],
+        *,
+        variances: bool = False,
+    ) -> GaussianCRFResult:
+        """Scores with statistics and, if asked for, variances."""
+        return type(self)._crf(
+            self.head(features),
+            unary,
+            regularization=self.regularization,
+            variances=variances,
+            **self._options,
+        )
+
+    def __call__(
+        self,
+        features: Float[Array, "*batch height width channels"],
+        unary: Float[Array, "*batch height width labels"],
+    ) -> Float[Array, "*batch height width labels"]:
+        """The scores `x`, logits for a soft-max."""
+        return self.solve(features, unary).scores
 
 
 class GaussianCRF(_Layer):
@@ -151,6 +179,8 @@ class GaussianCRF(_Layer):
         Chandra, Usunier and Kokkinos, Dense and Low-Rank Gaussian CRFs Using Deep Embeddings, 2017, §3 and 4.
     """
 
+    _crf = staticmethod(gaussian_crf)
+
     def __init__(
         self,
         in_features: int,
@@ -180,38 +210,13 @@ class GaussianCRF(_Layer):
         self._set_regularization(regularization, learn_regularization)
         if embedding_scaling == "default":
             embedding_scaling = "spectral" if kind == "potts" else None
-        self._kind: EmbeddingKind = kind
-        self._options: Any = {
+        self._options = {
+            "kind": kind,
             "embedding_scaling": embedding_scaling,
             "solver": solver,
             "tolerance": tolerance,
             "max_iterations": max_iterations,
         }
-
-    def solve(
-        self,
-        features: Float[Array, "*batch height width channels"],
-        unary: Float[Array, "*batch height width labels"],
-        *,
-        variances: bool = False,
-    ) -> GaussianCRFResult:
-        """Scores with statistics and, if asked for, variances."""
-        return gaussian_crf(
-            self.head(features),
-            unary,
-            kind=self._kind,
-            regularization=self.regularization,
-            variances=variances,
-            **self._options,
-        )
-
-    def __call__(
-        self,
-        features: Float[Array, "*batch height width channels"],
-        unary: Float[Array, "*batch height width labels"],
-    ) -> Float[Array, "*batch height width labels"]:
-        """The scores `x`, logits for a soft-max."""
-        return self.solve(features, unary).scores
 
 
 class SparseGaussianCRF(_Layer):
@@ -250,6 +255,8 @@ class SparseGaussianCRF(_Layer):
         Gaussian CRFs, 2016.
     """
 
+    _crf = staticmethod(sparse_gaussian_crf)
+
     def __init__(
         self,
         in_features: int,
@@ -278,7 +285,7 @@ class SparseGaussianCRF(_Layer):
             rngs=rngs,
         )
         self._set_regularization(regularization, learn_regularization)
-        self._options: Any = {
+        self._options = {
             "kind": kind,
             "connectivity": connectivity,
             "edge_scaling": edge_scaling,
@@ -287,30 +294,6 @@ class SparseGaussianCRF(_Layer):
             "tolerance": tolerance,
             "max_iterations": max_iterations,
         }
-
-    def solve(
-        self,
-        features: Float[Array, "*batch height width channels"],
-        unary: Float[Array, "*batch height width labels"],
-        *,
-        variances: bool = False,
-    ) -> GaussianCRFResult:
-        """Scores with statistics and, if asked for, variances."""
-        return sparse_gaussian_crf(
-            self.head(features),
-            unary,
-            regularization=self.regularization,
-            variances=variances,
-            **self._options,
-        )
-
-    def __call__(
-        self,
-        features: Float[Array, "*batch height width channels"],
-        unary: Float[Array, "*batch height width labels"],
-    ) -> Float[Array, "*batch height width labels"]:
-        """The scores `x`, logits for a soft-max."""
-        return self.solve(features, unary).scores
 
 
 class StackedGaussianCRF(nnx.Module):
