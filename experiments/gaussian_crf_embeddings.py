@@ -84,7 +84,7 @@ class Model(nnx.Module):
 
     def __call__(self, image: jax.Array, unary: jax.Array) -> jax.Array:
         """Scores, `[batch, H, W, labels]`."""
-        return self.crf(self.features(image), unary)  # type: ignore[operator]
+        return self.crf(self.features(image), unary)
 
 
 def layers(num_labels: int, rngs: nnx.Rngs) -> dict[str, Callable[[int], nnx.Module]]:
@@ -195,14 +195,14 @@ def markdown(scores: dict[str, dict]) -> str:
 def draw(model: Model, image: np.ndarray, unary: np.ndarray, names: tuple[str, ...], out: Path) -> None:
     """The affinities that a Potts-type model has learned, and how sure it is of its labels."""
     features = model.features(image[None])[0]
-    embeddings = model.crf.head(features)  # type: ignore[attr-defined]
+    embeddings = model.crf.head(features)
     height, width = image.shape[:2]
     pixels = [(height // 5, width // 2), (height // 2, width // 5), (4 * height // 5, width // 2)]
     K = jaxcrf.filters.Gram(embeddings, kind="potts")
     plots.save_figure(
         plots.affinity(K, pixels, image=image.astype(np.uint8)), out / "gaussian_crf_affinity.png"
     )
-    result = model.crf.solve(features, unary, variances=True)  # type: ignore[attr-defined]
+    result = model.crf.solve(features, unary, variances=True)
     figure = plots.uncertainty(
         image.astype(np.uint8), result.scores, result.variances, label_names=names, panel_width=3.6
     )

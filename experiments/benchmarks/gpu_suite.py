@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from measuring import measure
+from measuring import floors_ms, measure
 
 import jaxcrf
 from jaxcrf import reporting
@@ -106,18 +106,6 @@ def ceilings(smoke: bool) -> dict[str, float]:
     }
 
 
-def runnable(operation: Any) -> list[str]:
-    """The implementations of an operation that this device can run."""
-    names = []
-    for name in operation.implementations:
-        try:
-            operation.check(name)
-        except NotImplementedError:
-            continue
-        names.append(name)
-    return names
-
-
 def with_gradients(function: Callable[..., Array]) -> Callable[..., Any]:
     """Value and all gradients, given a cotangent."""
 
@@ -160,7 +148,7 @@ def check_messages(smoke: bool) -> Iterator[tuple[str, Callable[[], tuple[float,
             ) -> Array:
                 return f(**m.Operands(*operands)._asdict(), **c.static, implementation=i)
 
-            for implementation in runnable(operation):
+            for implementation in operation.runnable():
 
                 def run(
                     implementation: str = implementation,
@@ -227,23 +215,19 @@ def check_algorithms() -> Iterator[tuple[str, Callable[[], tuple[float, float]]]
         yield name, run
 
 
+def kernels(image: Array) -> tuple[Any, Any]:
+    """The features of a smoothness and of an appearance kernel."""
+    return jaxcrf.position_features(image.shape[-3:-1], 3.0), jaxcrf.bilateral_features(image, 80.0, 13.0)
+
+
 def convcrf_filter(image: Array, window: int, blur: int) -> Any:
-    """A smoothness and an appearance kernel in a window."""
-    shape = image.shape[-3:-1]
-    features = (jaxcrf.position_features(shape, 3.0), jaxcrf.bilateral_features(image, 80.0, 13.0))
-    return jaxcrf.filters.Window(features, window, weights=jnp.array([3.0, 10.0]), blur=blur)
+    """Both in a window."""
+    return jaxcrf.filters.Window(kernels(image), window, weights=jnp.array([3.0, 10.0]), blur=blur)
 
 
 def dense_filter(image: Array) -> Any:
-    """The same kernels between all pairs."""
-    shape = image.shape[-3:-1]
-    features = (jaxcrf.position_features(shape, 3.0), jaxcrf.bilateral_features(image, 80.0, 13.0))
-    return jaxcrf.filters.Dense(features, weights=jnp.array([3.0, 10.0])).normalized("symmetric")
-
-
-def add(*works: dict[str, float]) -> dict[str, float]:
-    """Several works after each other."""
-    return {key: sum(work[key] for work in works) for key in works[0]}
+    """Both between all pairs."""
+    return jaxcrf.filters.Dense(kernels(image), weights=jnp.array([3.0, 10.0])).normalized("symmetric")
 
 
 def times(work: dict[str, float], factor: float) -> dict[str, float]:
@@ -280,7 +264,7 @@ def window_entries(size: Size, small: bool) -> Iterator[Entry]:
         )
         return Entry("window", f"window message, {implementation}, {label}, {what}", function, operands, work)
 
-    for implementation in runnable(window_api.OPERATION):
+    for implementation in window_api.OPERATION.runnable():
         for window in (5, 7, 11, 13):
             yield entry(size, window, 1, implementation, False)
         yield entry(size, 11, 1, implementation, True)
@@ -322,7 +306,7 @@ def pair_entries(size: Size) -> Iterator[Entry]:
     q = jnp.asarray(rng.random((1, pixels, size.labels)), jnp.float32)
     features = jaxcrf.bilateral_features(image, 80.0, 13.0).values.reshape(1, pixels, 5)
     work = pair_api.arithmetic((1, pixels, size.labels), (5,))
-    for implementation in runnable(pair_api.OPERATION):
+    for implementation in pair_api.OPERATION.runnable():
         for precision in pair_api.PRECISIONS:
 
             def message(
@@ -445,14 +429,12 @@ def queued(entry: Entry) -> dict[str, float]:
 def beside_floor(row: dict[str, Any], work: dict[str, float], ceiling: dict[str, float]) -> dict[str, Any]:
     """The time that the device would need at its ceilings, and what was reached."""
     seconds = 1e-3 * row["median_ms"]
-    arithmetic = work["multiply_adds"] / ceiling["multiply_adds_per_s"]
-    arithmetic += work["exponentials"] / ceiling["exponentials_per_s"]
-    memory = work["bytes"] / ceiling["bytes_per_s"]
+    arithmetic, memory = floors_ms(work, ceiling)
     return row | {
-        "floor_ms": 1e3 * max(arithmetic, memory),
-        "arithmetic_floor_ms": 1e3 * arithmetic,
-        "memory_floor_ms": 1e3 * memory,
-        "share_of_floor": max(arithmetic, memory) / seconds,
+        "floor_ms": max(arithmetic, memory),
+        "arithmetic_floor_ms": arithmetic,
+        "memory_floor_ms": memory,
+        "share_of_floor": max(arithmetic, memory) / row["median_ms"],
         "gflops": 2e-9 * work["multiply_adds"] / seconds,
         "gb_per_s": 1e-9 * work["bytes"] / seconds,
     }
@@ -525,7 +507,7 @@ def main(arguments: list[str] | None = None) -> int:
             {
                 **reporting.circumstances(__file__),
                 "implementations": {
-                    operation.name: {"runnable": runnable(operation), "chosen": operation.select()}
+                    operation.name: {"runnable": operation.runnable(), "chosen": operation.select()}
                     for operation in (window_api.OPERATION, pair_api.OPERATION)
                 },
                 "smoke": smoke,

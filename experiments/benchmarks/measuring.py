@@ -57,8 +57,13 @@ def ceilings(size: int = 2048) -> dict[str, float]:
     }
 
 
-def floor_ms(work: dict[str, float], ceiling: dict[str, float]) -> float:
-    """The time below which the work cannot be done: arithmetic, or memory traffic if that takes longer."""
+def floors_ms(work: dict[str, float], ceiling: dict[str, float]) -> tuple[float, float]:
+    """The times that the arithmetic and the memory traffic of the work take at the ceilings."""
     arithmetic = work["multiply_adds"] / ceiling["multiply_adds_per_s"]
     arithmetic += work["exponentials"] / ceiling["exponentials_per_s"]
-    return 1e3 * max(arithmetic, work["bytes"] / ceiling["bytes_per_s"])
+    return 1e3 * arithmetic, 1e3 * work["bytes"] / ceiling["bytes_per_s"]
+
+
+def floor_ms(work: dict[str, float], ceiling: dict[str, float]) -> float:
+    """The time below which the work cannot be done: arithmetic, or memory traffic if that takes longer."""
+    return max(floors_ms(work, ceiling))

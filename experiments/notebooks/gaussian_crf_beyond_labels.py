@@ -128,7 +128,7 @@ def denoise(size: int, steps: int) -> tuple[dict[str, Any], Any]:
     smoothness, losses = learn(Smoothness(jnp.log(1.0), jnp.log(30.0)), loss, data, steps)
     found, stats = reconstruct(smoothness, guides["test"], jnp.asarray(noisy["test"]), precision)
     blurred = {b: psnr(gaussian_smooth(noisy["test"], b), pieces["test"]) for b in (0.6, 0.8, 1.0, 1.3, 1.6)}
-    best = max(blurred, key=blurred.get)  # type: ignore[arg-type]
+    best = max(blurred, key=blurred.get)
     scores = {
         "noisy_psnr": psnr(noisy["test"], pieces["test"]),
         "gaussian_filter_psnr": blurred[best],

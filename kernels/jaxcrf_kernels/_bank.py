@@ -24,6 +24,24 @@ class Needs(NamedTuple):
     right: bool
 
 
+class Operands(NamedTuple):
+    """The arrays that a message takes, by the names of its arguments.
+
+    Attributes:
+        q: the maps, `[batch, *pixels, labels]`.
+        features: per kernel `[batch or 1, *pixels, d]`.
+        weights: one per kernel.
+        left: scales of the receiving pixel, `[batch or 1, *pixels, kernels]`, or None.
+        right: scales of the sending pixel, likewise.
+    """
+
+    q: Any
+    features: tuple[Any, ...]
+    weights: Any
+    left: Any
+    right: Any
+
+
 def accumulator_dtype(dtype: np.dtype) -> np.dtype:
     """Float32, or the operand's own type where that is wider."""
     return jnp.promote_types(dtype, jnp.float32)
@@ -55,20 +73,56 @@ def check_bank(q: Array, features: Sequence[Array], weights: Array, left: Any, r
             check(name, np.shape(array), count)
 
 
+def backward(
+    implementation: Any, config: Any, needs: Needs, operands: Operands, cotangent: Array, **options: Any
+) -> Operands:
+    """Pulls a cotangent of a message back to its operands.
+
+    Args:
+        implementation: a module with `forward` and `gradients`.
+        config: its configuration.
+        needs: which gradients are wanted; the others come back as zeros.
+        operands: as in `forward`.
+        cotangent: the gradient with respect to the message, shaped like `q`.
+        options: for the module's functions.
+
+    Returns:
+        Gradients in the order of the operands; None where the operand is None.
+    """
+    found = jax.tree.map(jnp.zeros_like, operands)
+    streamed = needs._replace(q=False)
+    if any(streamed):
+        found = found._replace(**implementation.gradients(config, streamed, operands, cotangent, **options))
+    if needs.q:
+        # Every Gaussian is symmetric, and so is the window: the transpose only swaps the scales.
+        transposed = operands._replace(
+            q=cotangent.astype(operands.q.dtype), left=operands.right, right=operands.left
+        )
+        found = found._replace(q=implementation.forward(config, transposed, **options))
+    return found
+
+
+def like_operand(gradient: Array, operand: Array) -> Array:
+    """A gradient `[batch, …]` of an operand that the whole batch may share, in the operand's type."""
+    if operand.shape[0] == 1:
+        gradient = gradient.sum(axis=0, keepdims=True)
+    return gradient.astype(operand.dtype)
+
+
 def differentiable(forward: Callable[..., Array], backward: Callable[..., Any]) -> Callable[..., Array]:
     """Makes one function of a message's forward and backward passes.
 
     Args:
-        forward: of the static configuration, `q`, `features`, `weights`, `left` and `right`.
+        forward: of the static configuration and `Operands`.
         backward: of the configuration, `Needs`, the same operands and the cotangent; the gradients.
 
     Returns:
-        The function, of the arguments of `forward`. Operands that vary over different axes of a mesh may meet.
+        The function, of the configuration and the operands one by one. These may vary over different axes of a mesh.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def message(config: Any, *operands: Any) -> Array:
-        return forward(config, *operands)
+        return forward(config, Operands(*operands))
 
     def remember(config: Any, *operands: Any) -> tuple[Array, Any]:
         needs = Needs(*map(_any_perturbed, operands))
@@ -84,7 +138,7 @@ def pull_back(backward: Callable[..., Any], config: Any, residuals: Any, cotange
     needs, operands = residuals
     if isinstance(cotangent, SymbolicZero):
         return jax.tree.map(jnp.zeros_like, operands)
-    return backward(config, needs, *operands, cotangent)
+    return tuple(backward(config, needs, Operands(*operands), cotangent))
 
 
 def _is_primal(x: Any) -> bool:

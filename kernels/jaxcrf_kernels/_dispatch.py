@@ -1,9 +1,9 @@
 """Which code a message runs: the one that its caller names, or the best for the platform it is lowered for.
 
-An implementation is a module with the reference's `forward(config, *operands)` and `backward(config, needs,
-*operands, cotangent)`, which also take `interpret=True`, and with `unsupported(config, *operands)`, which says in
-words what it does not do with operands of such shapes and types, or None. It is imported when a call might run
-it, so that users of a CPU never load what they have no use for.
+An implementation is a module with the reference's `forward(config, operands)` and `gradients(config, wanted, operands,
+cotangent)`, which also take `interpret=True`, and with `unsupported(config, operands)`, which says in words what it
+does not do with operands of such shapes and types, or None. It is imported when a call might run it, so that users of
+a CPU never load what they have no use for.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array, lax
 
-from jaxcrf_kernels._bank import Needs, differentiable
+from jaxcrf_kernels._bank import Needs, Operands, backward, differentiable
 
 # The compute capability of devices that kernels are lowered for without being there.
 _CAPABILITIES = {
@@ -85,12 +85,12 @@ class Operation:
         self._reference = reference
         self._message = differentiable(self._forward, self._backward)
 
-    def __call__(self, implementation: str | None, config: Any, *operands: Any) -> Array:
+    def __call__(self, implementation: str | None, config: Any, operands: Operands) -> Array:
         """Runs a checked call; differentiable once, in reverse mode."""
         self.check(implementation)
         interpret = _interpret.get()
         if implementation not in (None, "xla"):
-            reason = self.module(implementation).unsupported(config, *operands)
+            reason = self.module(implementation).unsupported(config, operands)
             if reason is not None:
                 raise NotImplementedError(
                     f"implementation: {implementation!r} of {self.name} does not take {reason}; pass None or 'xla'"
@@ -119,8 +119,11 @@ class Operation:
         self.check(implementation)
         if implementation is not None:
             return implementation
-        usable = [name for name, backend in self.backends.items() if backend.missing() is None]
-        return usable[0] if usable else "xla"
+        return self.runnable()[0]
+
+    def runnable(self) -> list[str]:
+        """What can run on this machine, the best first; the last is always "xla"."""
+        return [*(name for name, backend in self.backends.items() if backend.missing() is None), "xla"]
 
     def module(self, implementation: str | None) -> ModuleType:
         """The code of an implementation, loaded when it is first asked for; None is the reference's."""
@@ -128,38 +131,38 @@ class Operation:
             return self._reference
         return importlib.import_module(self.backends[implementation].module)
 
-    def _forward(self, call: Call, *operands: Any) -> Array:
+    def _forward(self, call: Call, operands: Operands) -> Array:
         def run(module: ModuleType, **options: Any) -> Callable[..., Array]:
-            return lambda *operands: module.forward(call.config, *operands, **options)
+            return lambda operands: module.forward(call.config, operands, **options)
 
-        return self._run(call, run, operands, operands)
+        return self._run(call, run, operands)
 
-    def _backward(self, call: Call, needs: Needs, *operands_and_cotangent: Any) -> Any:
-        def run(module: ModuleType, **options: Any) -> Callable[..., Any]:
-            return lambda *arrays: module.backward(call.config, needs, *arrays, **options)
+    def _backward(self, call: Call, needs: Needs, operands: Operands, cotangent: Array) -> Operands:
+        def run(module: ModuleType, **options: Any) -> Callable[..., Operands]:
+            return lambda *arrays: backward(module, call.config, needs, *arrays, **options)
 
-        return self._run(call, run, operands_and_cotangent, operands_and_cotangent[:-1])
+        return self._run(call, run, operands, cotangent)
 
     def _run(
-        self, call: Call, run: Callable[..., Callable[..., Any]], arguments: tuple, operands: tuple
+        self, call: Call, run: Callable[..., Callable[..., Any]], operands: Operands, *more: Array
     ) -> Any:
         if call.implementation == "xla":
-            return run(self._reference)(*arguments)
+            return run(self._reference)(operands, *more)
         if call.implementation is not None:
             _silence_deprecation()
             options = {"interpret": True} if call.interpret else {}
-            return run(self.module(call.implementation), **options)(*arguments)
+            return run(self.module(call.implementation), **options)(operands, *more)
         branches: dict[str, Callable[..., Any]] = {}
         for name, backend in self.backends.items():
             if backend.platform in branches or backend.missing() is not None:
                 continue
             module = self.module(name)
-            if module.unsupported(call.config, *operands) is None:
+            if module.unsupported(call.config, operands) is None:
                 branches[backend.platform] = run(module)
         if not branches:
-            return run(self._reference)(*arguments)
+            return run(self._reference)(operands, *more)
         _silence_deprecation()
-        return lax.platform_dependent(*arguments, default=run(self._reference), **branches)
+        return lax.platform_dependent(operands, *more, default=run(self._reference), **branches)
 
 
 def platforms() -> set[str]:

@@ -193,8 +193,8 @@ def test_tiles_of_the_triton_kernel_do_not_matter(name, changes, tiles):
     arrays, cotangent = message.cases.operands(case), message.draw_cotangent(case)
     config = WindowConfig(case.window, case.position_bandwidths or (None,) * len(case.feature_sizes))
     needs = Needs(False, True, True, case.scaled, case.scaled)
-    message.assert_value(case, triton_gpu._forward(config, tiles, True, *arrays), arrays)
-    found = triton_gpu._backward(config, needs, tiles, True, *arrays, cotangent)
+    message.assert_value(case, triton_gpu._forward(config, tiles, True, arrays), arrays)
+    found = triton_gpu._backward(config, needs, tiles, True, arrays, cotangent)
     assert set(found) == {operand for operand, needed in needs._asdict().items() if needed}
     exact = functools.partial(message.exact_vjp, **arrays._asdict(), **case.static, cotangent=cotangent)
     expected, magnitude, depths = exact(), exact(magnitude=True), message.depths(case)
@@ -269,9 +269,9 @@ def test_the_interpreter_is_never_chosen_silently(message, implementation, monke
     module = message.operation.module(implementation)
     asked = []
 
-    def forward(config, *operands, interpret=False):
+    def forward(config, operands, *, interpret=False):
         asked.append(interpret)
-        return jnp.zeros_like(operands[0])
+        return jnp.zeros_like(operands.q)
 
     monkeypatch.setattr(module, "forward", forward)
     case, arrays = small(message)

@@ -261,7 +261,9 @@ def test_lowering_finds_what_interpreting_passes():
     arrays = window_cases.operands(case)
 
     def run(interpret, *arrays):
-        return triton_gpu._forward(config, triton_gpu.Tiles(1, 48, 3), interpret, *arrays)
+        return triton_gpu._forward(
+            config, triton_gpu.Tiles(1, 48, 3), interpret, window_cases.Operands(*arrays)
+        )
 
     jax.jit(functools.partial(run, True)).lower(*arrays).compile()
     with device("cuda"), pytest.raises(ValueError, match="power of 2"):

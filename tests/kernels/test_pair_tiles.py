@@ -287,8 +287,8 @@ def test_the_sizes_of_the_triton_kernel_do_not_matter(tile):
         reference.PairConfig(case.spatial, case.cutoff),
         Needs(False, True, True, *[case.scaled] * 2),
     )
-    MESSAGE.assert_value(case, triton_gpu._forward(config, tile, True, *arrays), arrays)
-    found = triton_gpu._backward(config, needs, tile, True, *arrays, cotangent)
+    MESSAGE.assert_value(case, triton_gpu._forward(config, tile, True, arrays), arrays)
+    found = triton_gpu._backward(config, needs, tile, True, arrays, cotangent)
     exact = functools.partial(MESSAGE.exact_vjp, **arrays._asdict(), **case.static, cotangent=cotangent)
     expected, magnitude, depths = exact(), exact(magnitude=True), MESSAGE.depths(case)
     assert set(found) == {operand for operand, needed in needs._asdict().items() if needed}
@@ -336,7 +336,7 @@ def test_what_is_too_much_is_said(implementation):
 
     def reason(kernels, size):
         f = tuple(jnp.zeros((1, 4, size)) for _ in range(kernels))
-        return module.unsupported(config, jnp.zeros((1, 4, 2)), f, jnp.ones(kernels), None, None)
+        return module.unsupported(config, Operands(jnp.zeros((1, 4, 2)), f, jnp.ones(kernels), None, None))
 
     assert reason(4, 8) is None
     assert "40 kernels; it takes up to" in reason(40, 1)

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxcrf_kernels._bank import accumulator_dtype, check_bank
+from jaxcrf_kernels._bank import Operands, accumulator_dtype, check_bank
 from jaxcrf_kernels._dispatch import Backend, Operation
 from jaxcrf_kernels.pair_message import reference
 from jaxcrf_kernels.pair_message.reference import PairConfig
@@ -142,9 +142,10 @@ def pair_message(
         # One kernel's scales leave the sum, which then is the same tile in both directions.
         s, r = scales
         scaled = q if r is None else q.astype(dtype) * r
-        message = OPERATION(implementation, config, scaled, features, weights.astype(dtype), None, None)
+        scaled_operands = Operands(scaled, features, weights.astype(dtype), None, None)
+        message = OPERATION(implementation, config, scaled_operands)
         return (message if s is None else message * s).astype(q.dtype)
-    return OPERATION(implementation, config, q, features, weights.astype(dtype), *scales)
+    return OPERATION(implementation, config, Operands(q, features, weights.astype(dtype), *scales))
 
 
 def _checked_config(

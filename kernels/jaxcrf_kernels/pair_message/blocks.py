@@ -8,11 +8,16 @@ send nothing, what they receive is dropped, and no kernel needs a mask.
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+
+from jaxcrf_kernels._bank import Operands
+from jaxcrf_kernels.pair_message.reference import PairConfig
 
 # Above this squared distance of the features `exp(-½ d²)` is below 2^-126, the smallest number that float32
 # holds in full; units that compute exponentials fast return zero there. The margin is for the rounding of sums.
@@ -92,6 +97,14 @@ class Blocks(NamedTuple):
         x = jnp.pad(x, [(0, 0), (0, self.number - x.shape[1]), (0, 0), (0, 0)], **mode)
         x = x.reshape(x.shape[0], self.pixels, x.shape[-1])
         return x if channels_last else jnp.swapaxes(x, 1, 2)
+
+    def arrange_maps(self, x: Array, labels: int, precision: str, *, channels_last: bool = False) -> Array:
+        """Puts maps in order, filled up with zeros to a number of labels, in the type that they are multiplied in."""
+        # Rounded here, once, rather than in every step; it halves what these read.
+        x = x.astype(jnp.bfloat16 if precision == "bfloat16" else jnp.float32)
+        return self.arrange(
+            jnp.pad(x, [(0, 0), (0, 0), (0, labels - x.shape[-1])]), channels_last=channels_last
+        )
 
     def collect(self, x: Array) -> Array:
         """The inverse of `arrange` with `channels_last`: `[batch, pixels, channels]` without the filling."""
@@ -233,3 +246,31 @@ def visits(
         )
     )
     return Visits(listed.reshape(place.shape), jnp.concatenate(begins, axis=-1))
+
+
+def feature_offsets(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Where the features of every kernel begin among those of all."""
+    return tuple(sum(sizes[:m]) for m in range(len(sizes)))
+
+
+def counted_kernels(sizes: Sequence[int]) -> list[tuple[int, ...]]:
+    """The kernels that count in every sort of a pair of blocks: one alone, or all where several do."""
+    kernels = tuple(range(len(sizes)))
+    return [(m,) for m in kernels] + ([kernels] if len(kernels) > 1 else [])
+
+
+def beyond_limits(
+    config: PairConfig, operands: Operands, *, max_kernels: int, max_features: int, wide_types: str
+) -> str | None:
+    """What of a call kernels of such limits do not do, and why not types of 64 bits, or None."""
+    wide = [x.dtype for x in jax.tree.leaves(operands) if x.dtype.itemsize > 4]
+    if wide:
+        return f"{wide[0]}, {wide_types}"
+    if len(operands.features) > max_kernels:
+        return f"{len(operands.features)} kernels; it takes up to {max_kernels}"
+    number = sum(f.shape[-1] for f in operands.features)
+    if number > max_features:
+        return f"{number} features; it takes up to {max_features}"
+    if max(config.spatial, default=0) >= 2**24:
+        return f"{max(config.spatial)} pixels along an axis; it takes fewer than 2^24"
+    return None

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcrf_kernels._bank import Operands
+
 
 class Case(NamedTuple):
     """The shapes and static arguments of one call.
@@ -45,16 +47,6 @@ class Case(NamedTuple):
     def pixels(self) -> int:
         """How many pixels an item has."""
         return math.prod(self.spatial)
-
-
-class Operands(NamedTuple):
-    """The arrays that `pair_message` takes, by the names of its arguments."""
-
-    q: np.ndarray
-    features: tuple[np.ndarray, ...]
-    weights: np.ndarray
-    left: np.ndarray | None
-    right: np.ndarray | None
 
 
 def operands(case: Case, seed: int = 0) -> Operands:

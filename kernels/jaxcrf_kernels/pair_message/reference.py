@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 
-from jaxcrf_kernels._bank import Needs, accumulator_dtype
+from jaxcrf_kernels._bank import Needs, Operands, accumulator_dtype
 from jaxcrf_kernels._platform import by_platform
 from jaxcrf_kernels._varying import varying_like
 
@@ -53,54 +53,21 @@ class PairConfig(NamedTuple):
     tolerance: float = 0.0
 
 
-def forward(
-    config: PairConfig,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-) -> Array:
+def forward(config: PairConfig, operands: Operands) -> Array:
     """Computes the message of `pair_message`, its arguments already checked."""
-    return _dispatch(_forward, config, q, features, weights, left, right)
+    return _dispatch(_forward, config, *operands)
 
 
-def backward(
-    config: PairConfig,
-    needs: Needs,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-    cotangent: Array,
-) -> tuple[Array, tuple[Array, ...], Array, Array | None, Array | None]:
-    """Pulls a cotangent of the message back to its operands.
+def gradients(config: PairConfig, wanted: Needs, operands: Operands, cotangent: Array) -> dict[str, Any]:
+    """Finds the gradients that are wanted, by the names of the operands; not that of `q`.
 
     Args:
         config: as in `forward`.
-        needs: which gradients are wanted; the others come back as zeros.
-        q: as in `forward`, and so are the other operands.
-        features: one array per kernel.
-        weights: one per kernel.
-        left: scales of the receiving pixel, or None.
-        right: scales of the sending pixel, or None.
+        wanted: which, at least one of them.
+        operands: as in `forward`.
         cotangent: the gradient with respect to the message, shaped like `q`.
-
-    Returns:
-        Gradients in the order of the operands; None where the operand is None.
     """
-    operands = (q, features, weights, left, right)
-    gradients: list[Any] = list(jax.tree.map(jnp.zeros_like, operands))
-    streamed = needs._replace(q=False)
-    if any(streamed):
-        found = _dispatch(functools.partial(_backward, streamed), config, *operands, cotangent)
-        for name, gradient in found.items():
-            gradients[Needs._fields.index(name)] = gradient
-    if needs.q:
-        # Every Gaussian is symmetric: the transpose only swaps the scales.
-        gradients[0] = forward(config, cotangent.astype(q.dtype), features, weights, right, left)
-    return tuple(gradients)
+    return _dispatch(functools.partial(_backward, wanted), config, *operands, cotangent)
 
 
 def _dispatch(function: Callable[..., Any], config: PairConfig, *operands: Any) -> Any:
@@ -291,6 +258,13 @@ def merge_batch(q: Array, *others: Array | None) -> tuple[Array, bool]:
     return jnp.moveaxis(q, 0, 1).reshape(1, q.shape[1], -1), True
 
 
+def unmerge_batch(message: Array, q: Array, merged: bool) -> Array:
+    """The way back for the message of merged maps: shaped and stored like `q`."""
+    if merged:
+        message = jnp.moveaxis(message.reshape(q.shape[1], q.shape[0], q.shape[2]), 1, 0)
+    return message.astype(q.dtype)
+
+
 def _sides(
     tiles: _Tiles, features: tuple[Array, ...], left: Array | None, right: Array | None
 ) -> Callable[[Array], _Side]:
@@ -358,9 +332,7 @@ def _forward(
         return tiles.walk(column, pair, finish, zeros)[0]
 
     message = tiles.collect(lax.map(one_item, jnp.arange(qs.shape[0], dtype=jnp.int32)))
-    if merged:
-        message = jnp.moveaxis(message.reshape(q.shape[1], q.shape[0], q.shape[2]), 1, 0)
-    return message.astype(q.dtype)
+    return unmerge_batch(message, q, merged)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -23,10 +23,17 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxcrf_kernels._bank import Needs
+from jaxcrf_kernels._bank import Needs, Operands, like_operand
 from jaxcrf_kernels._varying import result_like
-from jaxcrf_kernels.pair_message.blocks import Blocks, active, neighbours
-from jaxcrf_kernels.pair_message.reference import PairConfig, merge_batch
+from jaxcrf_kernels.pair_message.blocks import (
+    Blocks,
+    active,
+    beyond_limits,
+    counted_kernels,
+    feature_offsets,
+    neighbours,
+)
+from jaxcrf_kernels.pair_message.reference import PairConfig, merge_batch, unmerge_batch
 
 LANES = 128
 
@@ -80,68 +87,27 @@ def _up(n: int, step: int) -> int:
     return math.ceil(n / step) * step
 
 
-def unsupported(
-    config: PairConfig,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-) -> str | None:
+def unsupported(config: PairConfig, operands: Operands) -> str | None:
     """What of a call these kernels do not do, or None."""
-    wide = [x.dtype for x in jax.tree.leaves((q, features, weights, left, right)) if x.dtype.itemsize > 4]
-    if wide:
-        return f"{wide[0]}, which TPUs do not compute with"
-    if len(features) > MAX_KERNELS:
-        return f"{len(features)} kernels; it takes up to {MAX_KERNELS}"
-    number = sum(f.shape[-1] for f in features)
-    if number > MAX_FEATURES:
-        return f"{number} features; it takes up to {MAX_FEATURES}"
-    if max(config.spatial, default=0) >= 2**24:
-        return f"{max(config.spatial)} pixels along an axis; it takes fewer than 2^24"
-    return None
+    return beyond_limits(
+        config,
+        operands,
+        max_kernels=MAX_KERNELS,
+        max_features=MAX_FEATURES,
+        wide_types="which TPUs do not compute with",
+    )
 
 
-def forward(
-    config: PairConfig,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-    *,
-    interpret: bool = False,
-) -> Array:
+def forward(config: PairConfig, operands: Operands, *, interpret: bool = False) -> Array:
     """Computes the message of `pair_message`, its arguments already checked."""
-    return _forward(config, None, interpret, q, features, weights, left, right)
+    return _forward(config, None, interpret, operands)
 
 
-def backward(
-    config: PairConfig,
-    needs: Needs,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-    cotangent: Array,
-    *,
-    interpret: bool = False,
-) -> tuple[Array, tuple[Array, ...], Array, Array | None, Array | None]:
-    """Pulls a cotangent of the message back to its operands, as the reference's `backward` does."""
-    operands = (q, features, weights, left, right)
-    gradients: list[Any] = list(jax.tree.map(jnp.zeros_like, operands))
-    streamed = needs._replace(q=False)
-    if any(streamed):
-        found = _backward(config, streamed, None, interpret, *operands, cotangent)
-        for name, gradient in found.items():
-            gradients[Needs._fields.index(name)] = gradient
-    if needs.q:
-        # Every Gaussian is symmetric: the transpose only swaps the scales.
-        gradients[0] = _forward(
-            config, None, interpret, cotangent.astype(q.dtype), features, weights, right, left
-        )
-    return tuple(gradients)
+def gradients(
+    config: PairConfig, wanted: Needs, operands: Operands, cotangent: Array, *, interpret: bool = False
+) -> dict[str, Any]:
+    """Finds the gradients that are wanted, as the reference does."""
+    return _backward(config, wanted, None, interpret, operands, cotangent)
 
 
 class _Layout(NamedTuple):
@@ -158,7 +124,7 @@ class _Layout(NamedTuple):
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        return tuple(sum(self.sizes[:m]) for m in range(len(self.sizes)))
+        return feature_offsets(self.sizes)
 
     @property
     def coordinates(self) -> int:
@@ -175,8 +141,7 @@ class _Layout(NamedTuple):
     @property
     def sorts(self) -> list[tuple[int, ...]]:
         """The kernels that count in every sort of a pair of blocks."""
-        kernels = tuple(range(len(self.sizes)))
-        return [(m,) for m in kernels] + ([kernels] if len(kernels) > 1 else [])
+        return counted_kernels(self.sizes)
 
 
 def _values(layout: _Layout, rows: Array, columns: Any, m: int) -> tuple[Array, list[Array]]:
@@ -447,35 +412,24 @@ def _arrange(
     )
 
 
-def _maps_dtype(precision: str) -> Any:
-    # Rounded here, once, rather than in every step; it halves what they read.
-    return jnp.bfloat16 if precision == "bfloat16" else jnp.float32
-
-
 # Compiled here rather than by the caller, so that calls outside any `jit` compile once per shape.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _forward(
     config: PairConfig,
     tile: TpuConfig | None,
     interpret: bool,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
+    operands: Operands,
 ) -> Array:
+    q, features, weights, left, right = operands
     merged_q, merged = merge_batch(q, *features, left, right)
     batch, pixels, labels = merged_q.shape
     tile = tile or configuration(pixels, labels, sum(f.shape[-1] for f in features), cutoff=config.cutoff)
     arranged = _arrange(config, tile, features, left, right)
     blocks, layout = arranged.blocks, arranged.layout
     chunks = math.ceil(labels / tile.labels)
-    padded = jnp.pad(
-        merged_q.astype(_maps_dtype(config.precision)),
-        [(0, 0), (0, 0), (0, chunks * tile.labels - labels)],
-    )
+    maps = blocks.arrange_maps(merged_q, chunks * tile.labels, config.precision)
     listed, sorts, *channels = arranged.operands
-    operands = [listed, sorts, weights, *channels, blocks.arrange(padded)]
+    inputs = [listed, sorts, weights, *channels, maps]
     of_sorts, of_receivers, of_senders = arranged.specs(lambda b, c, i, j: (b, i, j))
     message = pl.pallas_call(
         functools.partial(_forward_kernel, layout),
@@ -495,15 +449,13 @@ def _forward(
             out_specs=pl.BlockSpec((None, tile.labels, tile.rows), lambda b, c, i, j, senders: (b, c, i)),
             scratch_shapes=[pltpu.VMEM((tile.rows, tile.columns), jnp.float32)],
         ),
-        out_shape=result_like((batch, chunks * tile.labels, blocks.pixels), jnp.float32, operands),
+        out_shape=result_like((batch, chunks * tile.labels, blocks.pixels), jnp.float32, inputs),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
         interpret=interpret,
         name="pair_message_forward",
-    )(*operands)
+    )(*inputs)
     message = blocks.collect(jnp.swapaxes(message[:, :labels], 1, 2))
-    if merged:
-        message = jnp.moveaxis(message.reshape(q.shape[1], q.shape[0], q.shape[2]), 1, 0)
-    return message.astype(q.dtype)
+    return unmerge_batch(message, q, merged)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -512,13 +464,10 @@ def _backward(
     needs: Needs,
     tile: TpuConfig | None,
     interpret: bool,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
+    operands: Operands,
     cotangent: Array,
 ) -> dict[str, Any]:
+    q, features, weights, left, right = operands
     scaled = left is not None or right is not None
     sizes = tuple(f.shape[-1] for f in features)
     merged_q, _ = merge_batch(q, *features, left, right)
@@ -548,13 +497,8 @@ def _backward(
     blocks, layout = arranged.blocks, arranged.layout
     chunks = math.ceil(labels / tile.labels)
 
-    def arrange(x: Array, *, channels_last: bool) -> Array:
-        x = x.astype(_maps_dtype(config.precision))
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, chunks * tile.labels - labels)])
-        return blocks.arrange(x, channels_last=channels_last)
-
     maps = [
-        arrange(x, channels_last=of_receiver)
+        blocks.arrange_maps(x, chunks * tile.labels, config.precision, channels_last=of_receiver)
         for pair in pairs.values()
         for x, of_receiver in zip(pair, (True, False), strict=True)
     ]
@@ -571,7 +515,7 @@ def _backward(
         ),
     ]
     names = wanted.names(layout, range(len(sizes)))
-    operands = [*arranged.operands, *maps]
+    inputs = [*arranged.operands, *maps]
     found = pl.pallas_call(
         functools.partial(_backward_kernel, layout, wanted),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -584,28 +528,23 @@ def _backward(
                 *(pltpu.VMEM((tile.rows, tile.columns), jnp.float32) for _ in pairs),
             ],
         ),
-        out_shape=result_like((batch, blocks.pixels, len(names)), jnp.float32, operands),
+        out_shape=result_like((batch, blocks.pixels, len(names)), jnp.float32, inputs),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
         ),
         interpret=interpret,
         name="pair_message_backward",
-    )(*operands)
+    )(*inputs)
     found = blocks.collect(found)
 
     def part(kind: str, kernels: Sequence[int]) -> Array:
         return jnp.stack([found[..., names.index((kind, m))] for m in kernels], axis=-1)
 
-    def to_operand(gradient: Array, operand: Array) -> Array:
-        if operand.shape[0] == 1:  # shared by the whole batch
-            gradient = gradient.sum(axis=0, keepdims=True)
-        return gradient.astype(operand.dtype)
-
     result: dict[str, Any] = {}
     kernels = range(len(sizes))
     if of_features:
         result["features"] = tuple(
-            -weights[m] * to_operand(part("moments", range(begin, begin + size)), f)
+            -weights[m] * like_operand(part("moments", range(begin, begin + size)), f)
             if size
             else jnp.zeros_like(f)
             for m, (f, begin, size) in enumerate(zip(features, layout.offsets, sizes, strict=True))
@@ -616,7 +555,7 @@ def _backward(
             terms = terms * left
         result["weights"] = terms.sum(axis=(0, 1)) * (0.5 if both else 1.0)
     if needs.left and left is not None:
-        result["left"] = weights * to_operand(part("forth", kernels), left)
+        result["left"] = weights * like_operand(part("forth", kernels), left)
     if needs.right and right is not None:
-        result["right"] = weights * to_operand(part("back", kernels), right)
+        result["right"] = weights * like_operand(part("back", kernels), right)
     return result

@@ -30,10 +30,17 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxcrf_kernels._bank import Needs
+from jaxcrf_kernels._bank import Needs, Operands, like_operand
 from jaxcrf_kernels._varying import result_like
-from jaxcrf_kernels.pair_message.blocks import HALF_LOG2E, Blocks, visits
-from jaxcrf_kernels.pair_message.reference import PairConfig, merge_batch
+from jaxcrf_kernels.pair_message.blocks import (
+    HALF_LOG2E,
+    Blocks,
+    beyond_limits,
+    counted_kernels,
+    feature_offsets,
+    visits,
+)
+from jaxcrf_kernels.pair_message.reference import PairConfig, merge_batch, unmerge_batch
 
 # Kernels are unrolled, and so are features: beyond this the compiler would take minutes.
 MAX_KERNELS = 16
@@ -89,68 +96,27 @@ def configuration(pixels: int, labels: int, features: int, *, cutoff: bool = Fal
     return TritonConfig(rows, 64, 32, chunk, run=16, num_warps=num_warps, num_stages=2)
 
 
-def unsupported(
-    config: PairConfig,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-) -> str | None:
+def unsupported(config: PairConfig, operands: Operands) -> str | None:
     """What of a call these kernels do not do, or None."""
-    wide = [x.dtype for x in jax.tree.leaves((q, features, weights, left, right)) if x.dtype.itemsize > 4]
-    if wide:
-        return f"{wide[0]}, which tensor cores do not multiply fast"
-    if len(features) > MAX_KERNELS:
-        return f"{len(features)} kernels; it takes up to {MAX_KERNELS}"
-    number = sum(f.shape[-1] for f in features)
-    if number > MAX_FEATURES:
-        return f"{number} features; it takes up to {MAX_FEATURES}"
-    if max(config.spatial, default=0) >= 2**24:
-        return f"{max(config.spatial)} pixels along an axis; it takes fewer than 2^24"
-    return None
+    return beyond_limits(
+        config,
+        operands,
+        max_kernels=MAX_KERNELS,
+        max_features=MAX_FEATURES,
+        wide_types="which tensor cores do not multiply fast",
+    )
 
 
-def forward(
-    config: PairConfig,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-    *,
-    interpret: bool = False,
-) -> Array:
+def forward(config: PairConfig, operands: Operands, *, interpret: bool = False) -> Array:
     """Computes the message of `pair_message`, its arguments already checked."""
-    return _forward(config, None, interpret, q, features, weights, left, right)
+    return _forward(config, None, interpret, operands)
 
 
-def backward(
-    config: PairConfig,
-    needs: Needs,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-    cotangent: Array,
-    *,
-    interpret: bool = False,
-) -> tuple[Array, tuple[Array, ...], Array, Array | None, Array | None]:
-    """Pulls a cotangent of the message back to its operands, as the reference's `backward` does."""
-    operands = (q, features, weights, left, right)
-    gradients: list[Any] = list(jax.tree.map(jnp.zeros_like, operands))
-    streamed = needs._replace(q=False)
-    if any(streamed):
-        found = _backward(config, streamed, None, interpret, *operands, cotangent)
-        for name, gradient in found.items():
-            gradients[Needs._fields.index(name)] = gradient
-    if needs.q:
-        # Every Gaussian is symmetric: the transpose only swaps the scales.
-        gradients[0] = _forward(
-            config, None, interpret, cotangent.astype(q.dtype), features, weights, right, left
-        )
-    return tuple(gradients)
+def gradients(
+    config: PairConfig, wanted: Needs, operands: Operands, cotangent: Array, *, interpret: bool = False
+) -> dict[str, Any]:
+    """Finds the gradients that are wanted, as the reference does."""
+    return _backward(config, wanted, None, interpret, operands, cotangent)
 
 
 class _Layout(NamedTuple):
@@ -164,13 +130,12 @@ class _Layout(NamedTuple):
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        return tuple(sum(self.sizes[:m]) for m in range(len(self.sizes)))
+        return feature_offsets(self.sizes)
 
     @property
     def sorts(self) -> list[tuple[int, ...]]:
-        """The kernels that count in every sort of visit."""
-        kernels = tuple(range(len(self.sizes)))
-        return [(m,) for m in kernels] + ([kernels] if len(kernels) > 1 else [])
+        """The kernels that count in every sort of a pair of blocks."""
+        return counted_kernels(self.sizes)
 
 
 def _exp2(x: Array, interpret: bool) -> Array:
@@ -490,23 +455,15 @@ def _arrange(
     )
 
 
-def _maps_dtype(precision: str) -> Any:
-    # Rounded here, once, rather than by every program; it halves what they read.
-    return jnp.bfloat16 if precision == "bfloat16" else jnp.float32
-
-
 # Compiled here rather than by the caller, so that calls outside any `jit` compile once per shape.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _forward(
     config: PairConfig,
     tile: TritonConfig | None,
     interpret: bool,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
+    operands: Operands,
 ) -> Array:
+    q, features, weights, left, right = operands
     merged_q, merged = merge_batch(q, *features, left, right)
     batch, pixels, labels = merged_q.shape
     number = sum(f.shape[-1] for f in features)
@@ -515,17 +472,14 @@ def _forward(
     blocks, layout = arranged.blocks, arranged.layout
     scaled = arranged.left is not None
     chunks = math.ceil(labels / tile.labels)
-    padded = jnp.pad(
-        merged_q.astype(_maps_dtype(config.precision)), [(0, 0), (0, 0), (0, chunks * tile.labels - labels)]
-    )
-    maps = blocks.arrange(padded)
+    maps = blocks.arrange_maps(merged_q, chunks * tile.labels, config.precision)
     if arranged.left is not None and arranged.right is not None:
         gains = [weights[:, None] * arranged.left, arranged.right]
         gain_specs = [_whole(x.shape, 2) for x in gains]
     else:
         gains = [weights]
         gain_specs = [pl.BlockSpec(weights.shape, lambda *ids: (0,))]
-    operands = [*arranged.operands, *gains, maps]
+    inputs = [*arranged.operands, *gains, maps]
     message = _call(
         functools.partial(_forward_kernel, layout, scaled),
         layout,
@@ -536,13 +490,11 @@ def _forward(
             pl.BlockSpec((None, tile.labels, blocks.pixels), lambda i, c, b: (b, c, 0)),
         ],
         out_specs=pl.BlockSpec((None, blocks.pixels, tile.labels), lambda i, c, b: (b, 0, c)),
-        out_shape=result_like((batch, blocks.pixels, chunks * tile.labels), jnp.float32, operands),
+        out_shape=result_like((batch, blocks.pixels, chunks * tile.labels), jnp.float32, inputs),
         name="pair_message_forward",
-    )(*operands)
+    )(*inputs)
     message = blocks.collect(message[..., :labels])
-    if merged:
-        message = jnp.moveaxis(message.reshape(q.shape[1], q.shape[0], q.shape[2]), 1, 0)
-    return message.astype(q.dtype)
+    return unmerge_batch(message, q, merged)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -551,13 +503,10 @@ def _backward(
     needs: Needs,
     tile: TritonConfig | None,
     interpret: bool,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
+    operands: Operands,
     cotangent: Array,
 ) -> dict[str, Any]:
+    q, features, weights, left, right = operands
     scaled = left is not None or right is not None
     sizes = tuple(f.shape[-1] for f in features)
     merged_q, _ = merge_batch(q, *features, left, right)
@@ -585,30 +534,25 @@ def _backward(
     chunks = math.ceil(labels / tile.labels)
 
     def arrange(x: Array) -> Array:
-        x = x.astype(_maps_dtype(config.precision))
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, chunks * tile.labels - labels)])
-        return blocks.arrange(x, channels_last=True)
+        return blocks.arrange_maps(x, chunks * tile.labels, config.precision, channels_last=True)
 
     scales = [x for x in (arranged.left, arranged.right) if x is not None]
-    operands = [*arranged.operands, *scales, arrange(sender), arrange(receiver)]
+    inputs = [*arranged.operands, *scales, arrange(sender), arrange(receiver)]
     counts = [len(sizes)] * (wanted.forth + wanted.back) + [sum(sizes)] * wanted.features
-    shapes = [result_like((batch, n, blocks.pixels), jnp.float32, operands) for n in counts]
+    shapes = [result_like((batch, n, blocks.pixels), jnp.float32, inputs) for n in counts]
     results = _call(
         functools.partial(_backward_kernel, layout, wanted, chunks),
         layout,
         grid=(blocks.groups, batch),
-        in_specs=[*arranged.specs(1), *(_whole(x.shape, 1) for x in operands[len(arranged.operands) :])],
+        in_specs=[*arranged.specs(1), *(_whole(x.shape, 1) for x in inputs[len(arranged.operands) :])],
         out_specs=[_whole(x.shape, 1) for x in shapes],
         out_shape=shapes,
         name="pair_message_backward",
-    )(*operands)
+    )(*inputs)
     forth, back, moments = _optional(results, wanted.forth, wanted.back, wanted.features)
 
     def to_operand(gradient: Array, operand: Array) -> Array:
-        gradient = blocks.collect(jnp.swapaxes(gradient, 1, 2))
-        if operand.shape[0] == 1:  # shared by the whole batch
-            gradient = gradient.sum(axis=0, keepdims=True)
-        return gradient.astype(operand.dtype)
+        return like_operand(blocks.collect(jnp.swapaxes(gradient, 1, 2)), operand)
 
     found: dict[str, Any] = {}
     if wanted.features:

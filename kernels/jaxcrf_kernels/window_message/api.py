@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxcrf_kernels._bank import accumulator_dtype, check_bank
+from jaxcrf_kernels._bank import Operands, accumulator_dtype, check_bank
 from jaxcrf_kernels._dispatch import Backend, Operation
 from jaxcrf_kernels.window_message import reference
 from jaxcrf_kernels.window_message.reference import WindowConfig
@@ -116,7 +116,7 @@ def window_message(
     dtype = accumulator_dtype(q.dtype)
     features = tuple(f.astype(dtype) for f in features)
     scales = [None if s is None else jnp.asarray(s).astype(dtype) for s in (left, right)]
-    return OPERATION(implementation, config, q, features, weights.astype(dtype), *scales)
+    return OPERATION(implementation, config, Operands(q, features, weights.astype(dtype), *scales))
 
 
 def _checked_config(

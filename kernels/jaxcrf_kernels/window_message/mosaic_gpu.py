@@ -29,10 +29,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxcrf_kernels._bank import Needs
+from jaxcrf_kernels._bank import Needs, Operands
 from jaxcrf_kernels._varying import varying_like
 from jaxcrf_kernels.window_message.reference import WindowConfig
-from jaxcrf_kernels.window_message.volume import EVERYTHING, Bank, as_volume, pull_back, stacked_maps
+from jaxcrf_kernels.window_message.volume import (
+    EVERYTHING,
+    Bank,
+    as_volume,
+    named_gradients,
+    product,
+    stacked_maps,
+    unsupported_type,
+)
 
 # Columns of a warpgroup, one for each thread.
 COLUMNS = 128
@@ -164,72 +172,40 @@ def _shapes(bank: Bank, q: Array, wanted: Needs | None = None) -> Shapes:
     )
 
 
-def unsupported(
-    config: WindowConfig,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-) -> str | None:
+def unsupported(config: WindowConfig, operands: Operands) -> str | None:
     """Says in words what of a call this implementation does not do, or None."""
-    for array in (q, *features, weights):
-        if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-            return f"{array.dtype} operands, only float32, bfloat16 and float16"
-    bank = Bank.of(config, features, left, right)
-    shapes = (_shapes(bank, q), _shapes(bank, q, bank.streamed(EVERYTHING)))
+    reason = unsupported_type(operands)
+    if reason is not None:
+        return reason
+    bank = Bank.of(config, operands)
+    shapes = (_shapes(bank, operands.q), _shapes(bank, operands.q, bank.streamed(EVERYTHING)))
     if None in map(configuration, shapes):
         return f"{bank.maps} features and scales per pixel, which exceed the shared memory"
     return None
 
 
-def forward(
-    config: WindowConfig,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-    *,
-    interpret: bool = False,
-) -> Array:
+def forward(config: WindowConfig, operands: Operands, *, interpret: bool = False) -> Array:
     """Computes the message of `window_message`, its arguments already checked."""
-    bank = Bank.of(config, features, left, right)
-    block = configuration(_shapes(bank, q))
+    bank = Bank.of(config, operands)
+    block = configuration(_shapes(bank, operands.q))
     with jax.enable_x64(False):  # or loops and index maps would count in 64 bits
-        return sequential_vmap(functools.partial(_forward, bank, block, interpret))(
-            q, features, weights, left, right
-        )
+        return sequential_vmap(functools.partial(_forward, bank, block, interpret))(operands)
 
 
-def backward(
-    config: WindowConfig,
-    needs: Needs,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-    cotangent: Array,
-    *,
-    interpret: bool = False,
-) -> tuple[Any, ...]:
-    """Pulls a cotangent of the message back to its operands, as the reference's `backward` does."""
-    operands = (q, features, weights, left, right)
-    bank = Bank.of(config, features, left, right)
+def gradients(
+    config: WindowConfig, wanted: Needs, operands: Operands, cotangent: Array, *, interpret: bool = False
+) -> dict[str, Any]:
+    """Finds the gradients that are wanted, as the reference does."""
+    bank = Bank.of(config, operands)
 
     def stream(wanted: Needs) -> Array:
-        block = configuration(_shapes(bank, q, wanted))
+        block = configuration(_shapes(bank, operands.q, wanted))
         with jax.enable_x64(False):
-            run = sequential_vmap(functools.partial(_backward, bank, wanted, block, interpret))
-            return run(*operands, cotangent)
+            return sequential_vmap(functools.partial(_backward, bank, wanted, block, interpret))(
+                operands, cotangent
+            )
 
-    def transposed() -> Array:
-        # The window is symmetric and so is every Gaussian: only the scales are swapped.
-        pulled = cotangent.astype(q.dtype)
-        return forward(config, pulled, features, weights, right, left, interpret=interpret)
-
-    return pull_back(bank, needs, operands, stream, transposed)
+    return named_gradients(bank, wanted, operands, stream)
 
 
 class _Plan(NamedTuple):
@@ -497,10 +473,6 @@ class _Block:
         )(*(volume for volume, *_ in volumes))
 
 
-def _product(first: Array, *factors: Array) -> Array:
-    return functools.reduce(jnp.multiply, factors, first)
-
-
 def _forward_kernel(plan: _Plan, table: Any, *refs: Any) -> None:
     """Makes a block of the message."""
     *maps, q, out = refs
@@ -511,7 +483,7 @@ def _forward_kernel(plan: _Plan, table: Any, *refs: Any) -> None:
         found = []
         for r in range(rows):
             terms = [
-                _product(
+                product(
                     sender.values[r][m],
                     *(block.received[r][n] for n in bank.left_maps(m)),
                     *(sender.maps[n] for n in bank.right_maps(m)),
@@ -558,11 +530,11 @@ def _backward_kernel(wanted: Needs, plan: _Plan, table: Any, *refs: Any) -> None
                 s_i, s_j = ([x[n] for n in bank.left_maps(m)] for x in (block.received[r], sender.maps))
                 r_i, r_j = ([x[n] for n in bank.right_maps(m)] for x in (block.received[r], sender.maps))
                 if wanted.features and sender.differences[r][m]:
-                    pull = weighted * (_product(a, *s_i, *r_j) + _product(b, *s_j, *r_i))
+                    pull = weighted * (product(a, *s_i, *r_j) + product(b, *s_j, *r_i))
                     gains["features"] += [-pull * d for d in sender.differences[r][m]]
-                gains["weights"].append(_product(a * value, *s_i, *r_j))
-                gains["left"].append(_product(a * weighted, *r_j))
-                gains["right"].append(_product(b * weighted, *s_j))
+                gains["weights"].append(product(a * value, *s_i, *r_j))
+                gains["left"].append(product(a * weighted, *r_j))
+                gains["right"].append(product(b * weighted, *s_j))
             gained = [gain for name in bank.slots(wanted) for gain in gains[name]]
             before = found[r * count : (r + 1) * count]
             result += [x + gain for x, gain in zip(before, gained, strict=True)]
@@ -580,12 +552,9 @@ def _forward(
     bank: Bank,
     block: Block,
     interpret: bool,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
+    operands: Operands,
 ) -> Array:
+    q, features, weights, left, right = operands
     volume = as_volume(q)
     plan = _Plan.of(bank, block, volume, interpret)
     rows, columns = plan.results
@@ -604,13 +573,10 @@ def _backward(
     wanted: Needs,
     block: Block,
     interpret: bool,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
+    operands: Operands,
     cotangent: Array,
 ) -> Array:
+    q, features, weights, left, right = operands
     volume = as_volume(q)
     plan = _Plan.of(bank, block, volume, interpret)
     rows, columns = plan.results

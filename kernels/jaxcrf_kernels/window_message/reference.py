@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 
-from jaxcrf_kernels._bank import Needs, accumulator_dtype
+from jaxcrf_kernels._bank import Needs, Operands, accumulator_dtype
 from jaxcrf_kernels._platform import by_platform
 from jaxcrf_kernels._varying import varying_like
 
@@ -42,71 +42,36 @@ class WindowConfig(NamedTuple):
     position_bandwidths: tuple[tuple[float, ...] | None, ...]
 
 
-def forward(
-    config: WindowConfig,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-) -> Array:
+def forward(config: WindowConfig, operands: Operands) -> Array:
     """Computes the message of `window_message`, its arguments already checked."""
 
     def run(whole_map: bool) -> Callable[..., Array]:
         # Mapping over a batch axis of `vmap` one item at a time keeps the block in the cache.
         return sequential_vmap(lambda *arguments: _forward(config, whole_map, *arguments))
 
-    return by_platform(
-        q, features, weights, left, right, cpu=run(whole_map=False), accelerator=run(whole_map=True)
-    )
+    return by_platform(*operands, cpu=run(whole_map=False), accelerator=run(whole_map=True))
 
 
-def backward(
-    config: WindowConfig,
-    needs: Needs,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-    cotangent: Array,
-) -> tuple[Array, tuple[Array, ...], Array, Array | None, Array | None]:
-    """Pulls a cotangent of the message back to its operands.
+def gradients(config: WindowConfig, wanted: Needs, operands: Operands, cotangent: Array) -> dict[str, Any]:
+    """Finds the gradients that are wanted, by the names of the operands; not that of `q`.
 
     Args:
         config: as in `forward`.
-        needs: which gradients are wanted; the others come back as zeros.
-        q: as in `forward`, and so are the other operands.
-        features: one array per kernel.
-        weights: one per kernel.
-        left: scales of the receiving pixel, or None.
-        right: scales of the sending pixel, or None.
+        wanted: which, at least one of them.
+        operands: as in `forward`.
         cotangent: the gradient with respect to the message, shaped like `q`.
-
-    Returns:
-        Gradients in the order of the operands; None where the operand is None.
     """
-    operands = (q, features, weights, left, right)
-    gradients = list(jax.tree.map(jnp.zeros_like, operands))
 
-    def stream(wanted: Needs) -> None:
+    def stream(wanted: Needs) -> dict[str, Any]:
         def run(whole_map: bool) -> Callable[..., dict[str, Array]]:
             return sequential_vmap(lambda *arguments: _backward(config, wanted, whole_map, *arguments))
 
-        found = by_platform(*operands, cotangent, cpu=run(whole_map=False), accelerator=run(whole_map=True))
-        for name, gradient in found.items():
-            gradients[Needs._fields.index(name)] = gradient
+        return by_platform(*operands, cotangent, cpu=run(whole_map=False), accelerator=run(whole_map=True))
 
-    streamed = needs._replace(q=False)
-    if SEPARATE_FEATURES and needs.features and any(streamed._replace(features=False)):
-        stream(Needs(q=False, features=True, weights=False, left=False, right=False))
-        stream(streamed._replace(features=False))
-    elif any(streamed):
-        stream(streamed)
-    if needs.q:
-        # The window is symmetric and so is every Gaussian: the transpose only swaps the scales.
-        gradients[0] = forward(config, cotangent.astype(q.dtype), features, weights, right, left)
-    return tuple(gradients)
+    others = wanted._replace(features=False)
+    if SEPARATE_FEATURES and wanted.features and any(others):
+        return stream(Needs(q=False, features=True, weights=False, left=False, right=False)) | stream(others)
+    return stream(wanted)
 
 
 class _Blocks(NamedTuple):

@@ -35,10 +35,18 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxcrf_kernels._bank import Needs
+from jaxcrf_kernels._bank import Needs, Operands
 from jaxcrf_kernels._varying import result_like
 from jaxcrf_kernels.window_message.reference import WindowConfig
-from jaxcrf_kernels.window_message.volume import EVERYTHING, Bank, as_volume, pull_back, stacked_maps
+from jaxcrf_kernels.window_message.volume import (
+    EVERYTHING,
+    Bank,
+    as_volume,
+    named_gradients,
+    product,
+    stacked_maps,
+    unsupported_type,
+)
 
 LANES = 128
 SUBLANES = 8  # of 32 bits
@@ -186,69 +194,38 @@ def _spans(bank: Bank, tile: Tile) -> tuple[int, int, int]:
     return depth, _up(rows, tile.offsets), columns
 
 
-def unsupported(
-    config: WindowConfig,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-) -> str | None:
+def unsupported(config: WindowConfig, operands: Operands) -> str | None:
     """Says in words what of a call this implementation does not do, or None."""
-    for array in (q, *features, weights):
-        if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-            return f"{array.dtype} operands, only float32, bfloat16 and float16"
-    bank = Bank.of(config, features, left, right)
-    shapes = (_shapes(bank, q), _shapes(bank, q, bank.streamed(EVERYTHING)))
+    reason = unsupported_type(operands)
+    if reason is not None:
+        return reason
+    bank = Bank.of(config, operands)
+    shapes = (_shapes(bank, operands.q), _shapes(bank, operands.q, bank.streamed(EVERYTHING)))
     if None in map(configuration, shapes):
         return f"a window of {'×'.join(map(str, config.filter_size))}, whose tiles exceed the vector memory"
     return None
 
 
-def forward(
-    config: WindowConfig,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-    *,
-    interpret: bool = False,
-) -> Array:
+def forward(config: WindowConfig, operands: Operands, *, interpret: bool = False) -> Array:
     """Computes the message of `window_message`, its arguments already checked."""
-    bank = Bank.of(config, features, left, right)
-    tile = configuration(_shapes(bank, q))
+    bank = Bank.of(config, operands)
+    tile = configuration(_shapes(bank, operands.q))
     with jax.enable_x64(False):  # or loops and index maps would count in 64 bits
-        return _forward(bank, tile, interpret, q, features, weights, left, right)
+        return _forward(bank, tile, interpret, operands)
 
 
-def backward(
-    config: WindowConfig,
-    needs: Needs,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-    cotangent: Array,
-    *,
-    interpret: bool = False,
-) -> tuple[Any, ...]:
-    """Pulls a cotangent of the message back to its operands, as the reference's `backward` does."""
-    operands = (q, features, weights, left, right)
-    bank = Bank.of(config, features, left, right)
+def gradients(
+    config: WindowConfig, wanted: Needs, operands: Operands, cotangent: Array, *, interpret: bool = False
+) -> dict[str, Any]:
+    """Finds the gradients that are wanted, as the reference does."""
+    bank = Bank.of(config, operands)
 
     def stream(wanted: Needs) -> Array:
-        tile = configuration(_shapes(bank, q, wanted))
+        tile = configuration(_shapes(bank, operands.q, wanted))
         with jax.enable_x64(False):
-            return _backward(bank, wanted, tile, interpret, *operands, cotangent)
+            return _backward(bank, wanted, tile, interpret, operands, cotangent)
 
-    def transposed() -> Array:
-        # The window is symmetric and so is every Gaussian: only the scales are swapped.
-        pulled = cotangent.astype(q.dtype)
-        return forward(config, pulled, features, weights, right, left, interpret=interpret)
-
-    return pull_back(bank, needs, operands, stream, transposed)
+    return named_gradients(bank, wanted, operands, stream)
 
 
 class _Grid(NamedTuple):
@@ -401,16 +378,15 @@ def _up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def _bank_operands(
-    grid: _Grid, features: tuple[Array, ...], weights: Array, left: Array | None, right: Array | None
-) -> list[tuple[Array, pl.BlockSpec]]:
+def _bank_operands(grid: _Grid, operands: Operands) -> list[tuple[Array, pl.BlockSpec]]:
     """The table, and the maps of the receivers and of the senders where there are any."""
     # Per kernel its weight, then its position terms. Two axes, because `vmap` adds one in front, and only the
     # last two may be taken whole.
     positions = grid.bank.positions(_spans(grid.bank, grid.tile))
+    weights = operands.weights
     terms = jnp.concatenate([weights[:, None].astype(jnp.float32), positions], axis=1).reshape(1, -1)
     table = (terms, pl.BlockSpec(memory_space=pltpu.SMEM))
-    maps = stacked_maps(features, left, right)
+    maps = stacked_maps(operands.features, operands.left, operands.right)
     if maps is None:
         return [table]
     maps = grid.mapped(maps)
@@ -463,7 +439,7 @@ class _Offset(NamedTuple):
             start += span
         if differences:
             factors.append(jnp.exp(-0.5 * functools.reduce(jnp.add, [d * d for d in differences])))
-        return _product(*factors) if factors else jnp.float32(1)
+        return product(*factors) if factors else jnp.float32(1)
 
     def left(self, pixels: list[Array], m: int) -> list[Array]:
         """The left scale of kernel `m` at given pixels, where there is one."""
@@ -472,10 +448,6 @@ class _Offset(NamedTuple):
     def right(self, pixels: list[Array], m: int) -> list[Array]:
         """The right scale, likewise."""
         return [pixels[n] for n in self.grid.bank.right_maps(m)]
-
-
-def _product(first: Array, *factors: Array) -> Array:
-    return functools.reduce(jnp.multiply, factors, first)
 
 
 def _rotations(grid: _Grid, dx: Any) -> tuple[Any, Any]:
@@ -509,7 +481,7 @@ def _forward_kernel(grid: _Grid, table: Any, *refs: Any) -> None:
                 offset = (dz, part * tile.offsets + dy, dx)
                 here = _Offset(grid, table, offset, receiver, sender)
                 terms = [
-                    _product(
+                    product(
                         here.weight(m) * here.value(m, here.differences(m)),
                         *here.left(receiver, m),
                         *here.right(sender, m),
@@ -598,15 +570,15 @@ def _backward_kernel(wanted: Needs, grid: _Grid, table: Any, *refs: Any) -> None
                     s_i, s_j = here.left(receiver, m), here.left(sender, m)
                     r_i, r_j = here.right(receiver, m), here.right(sender, m)
                     if wanted.features and differences:
-                        pull = weighted * (_product(a, *s_i, *r_j) + _product(b, *s_j, *r_i))
+                        pull = weighted * (product(a, *s_i, *r_j) + product(b, *s_j, *r_i))
                         for difference in differences:
                             found[next(slot)] -= pull * difference
                     if wanted.weights:
-                        found[slots["weights"][m]] += _product(value * a, *s_i, *r_j)
+                        found[slots["weights"][m]] += product(value * a, *s_i, *r_j)
                     if wanted.left:
-                        found[slots["left"][m]] += _product(weighted * a, *r_j)
+                        found[slots["left"][m]] += product(weighted * a, *r_j)
                     if wanted.right:
-                        found[slots["right"][m]] += _product(weighted * b, *s_j)
+                        found[slots["right"][m]] += product(weighted * b, *s_j)
 
             _over_rows(tile.offsets, gather)
             for n in range(found.shape[0]):
@@ -623,12 +595,9 @@ def _forward(
     bank: Bank,
     tile: Tile,
     interpret: bool,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
+    operands: Operands,
 ) -> Array:
+    q = operands.q
     volume = as_volume(q if q.dtype == jnp.bfloat16 else q.astype(jnp.float32))
     grid = _Grid.of(tile, bank, volume)
     batch, x, z, y, l, *_ = grid.steps
@@ -636,10 +605,10 @@ def _forward(
     found = grid.call(
         _forward_kernel,
         [
-            *_bank_operands(grid, features, weights, left, right),
+            *_bank_operands(grid, operands),
             (grid.labelled(volume), grid.sending_labels()),
         ],
-        result_like(shape, volume.dtype, q, features, weights, left, right),
+        result_like(shape, volume.dtype, operands),
         pl.BlockSpec(
             (None, None, None, tile.rows, tile.labels, tile.columns),
             lambda b, x, z, y, l, dz, part: (b, x, z, y, l, 0),
@@ -657,13 +626,10 @@ def _backward(
     wanted: Needs,
     tile: Tile,
     interpret: bool,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
+    operands: Operands,
     cotangent: Array,
 ) -> Array:
+    q = operands.q
     dtype = q.dtype if q.dtype == jnp.bfloat16 else jnp.float32
     volume, pulled = as_volume(q.astype(dtype)), as_volume(cotangent.astype(dtype))
     grid = _Grid.of(tile, bank, volume)
@@ -673,14 +639,14 @@ def _backward(
     found = grid.call(
         functools.partial(_backward_kernel, wanted),
         [
-            *_bank_operands(grid, features, weights, left, right),
+            *_bank_operands(grid, operands),
             *(
                 (array, spec)
                 for array in (grid.labelled(volume), grid.labelled(pulled))
                 for spec in (grid.receiving_labels(), grid.sending_labels())
             ),
         ],
-        result_like((batch, x, z, y, *block), jnp.float32, q, features, weights, left, right, cotangent),
+        result_like((batch, x, z, y, *block), jnp.float32, operands, cotangent),
         pl.BlockSpec(
             (None, None, None, None, *block), lambda b, x, z, y, l, dz, part: (b, x, z, y, 0, 0, 0, 0)
         ),

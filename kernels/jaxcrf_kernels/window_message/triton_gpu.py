@@ -42,7 +42,7 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from jaxcrf_kernels._bank import Needs
+from jaxcrf_kernels._bank import Needs, Operands, like_operand
 from jaxcrf_kernels._triton import triton_call
 from jaxcrf_kernels._varying import result_like
 from jaxcrf_kernels.window_message.reference import WindowConfig
@@ -132,15 +132,9 @@ def configuration(
     return Tiles(rows, columns, even(parts))
 
 
-def unsupported(
-    config: WindowConfig,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-) -> str | None:
+def unsupported(config: WindowConfig, operands: Operands) -> str | None:
     """Says what of a call these kernels do not do, or None."""
+    q, weights = operands.q, operands.weights
     if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or weights.dtype != jnp.float32:
         return f"q of type {q.dtype} with weights of type {weights.dtype}: it adds in float32"
     # A map with its borders; the largest tile adds less than 64 columns and 8 rows.
@@ -150,48 +144,21 @@ def unsupported(
     return None
 
 
-def forward(
-    config: WindowConfig,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-    *,
-    interpret: bool = False,
-) -> Array:
+def forward(config: WindowConfig, operands: Operands, *, interpret: bool = False) -> Array:
     """Computes the message of `window_message`, its arguments already checked."""
-    tiles = configuration(config, q.shape, len(features), sum(f.shape[-1] for f in features))
-    return _forward(config, tiles, interpret, q, features, weights, left, right)
+    return _forward(config, _tiles(config, operands), interpret, operands)
 
 
-def backward(
-    config: WindowConfig,
-    needs: Needs,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
-    cotangent: Array,
-    *,
-    interpret: bool = False,
-) -> tuple[Array, tuple[Array, ...], Array, Array | None, Array | None]:
-    """Pulls a cotangent back to the operands, as the reference's `backward` does."""
-    operands = (q, features, weights, left, right)
-    gradients = list(jax.tree.map(jnp.zeros_like, operands))
-    streamed = needs._replace(q=False)
-    if any(streamed):
-        total = sum(f.shape[-1] for f in features)
-        tiles = configuration(config, q.shape, len(features), total, streamed)
-        found = _backward(config, streamed, tiles, interpret, *operands, cotangent)
-        for name, gradient in found.items():
-            gradients[Needs._fields.index(name)] = gradient
-    if needs.q:
-        # The window is symmetric and so is every Gaussian: the transpose only swaps the scales.
-        swapped = (cotangent.astype(q.dtype), features, weights, right, left)
-        gradients[0] = forward(config, *swapped, interpret=interpret)
-    return tuple(gradients)
+def gradients(
+    config: WindowConfig, wanted: Needs, operands: Operands, cotangent: Array, *, interpret: bool = False
+) -> dict[str, Any]:
+    """Finds the gradients that are wanted, as the reference does."""
+    return _backward(config, wanted, _tiles(config, operands, wanted), interpret, operands, cotangent)
+
+
+def _tiles(config: WindowConfig, operands: Operands, wanted: Needs | None = None) -> Tiles:
+    features = operands.features
+    return configuration(config, operands.q.shape, len(features), sum(f.shape[-1] for f in features), wanted)
 
 
 class _Layout(NamedTuple):
@@ -404,12 +371,9 @@ def _forward(
     config: WindowConfig,
     tiles: Tiles,
     interpret: bool,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
+    operands: Operands,
 ) -> Array:
+    q, features, weights, left, right = operands
     layout = _Layout.of(config, tiles, q)
     arranged = layout.arrange_operands(features, weights, left, right)
     count = len(features)
@@ -467,11 +431,7 @@ def _backward(
     needs: Needs,
     tiles: Tiles,
     interpret: bool,
-    q: Array,
-    features: tuple[Array, ...],
-    weights: Array,
-    left: Array | None,
-    right: Array | None,
+    operands: Operands,
     cotangent: Array,
 ) -> dict[str, Any]:
     r"""Walks over the window once, collecting all gradients but that of `q` by gathering only.
@@ -482,6 +442,7 @@ def _backward(
         ∂f_i  += -w_m k_m (s_i r_j A + s_j r_i B) (f_i - f_j)
         ∂w_m  += k_m s_i r_j A,    ∂s_i += w_m k_m r_j A,    ∂r_i += w_m k_m s_j B
     """
+    q, features, weights, left, right = operands
     layout = _Layout.of(config, tiles, q)
     arranged = layout.arrange_operands(features, weights, left, right)
     count = len(features)
@@ -575,9 +536,7 @@ def _backward(
 
     def to_operand(gradient: Array, operand: Array) -> Array:
         gradient = gradient.reshape(layout.batch, layout.parts, *gradient.shape[1:]).sum(axis=1)
-        if operand.shape[0] == 1:  # shared by the whole batch
-            gradient = gradient.sum(axis=0, keepdims=True)
-        return layout.collect(gradient).astype(operand.dtype)
+        return like_operand(layout.collect(gradient), operand)
 
     gradients: dict[str, Any] = {}
     if needs.features:

@@ -1,14 +1,14 @@
 """What kernels know of a message beforehand, its maps of one to three axes seen as volumes."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxcrf_kernels._bank import Needs
+from jaxcrf_kernels._bank import Needs, Operands, like_operand
 from jaxcrf_kernels.window_message.reference import WindowConfig
 
 
@@ -32,10 +32,9 @@ class Bank(NamedTuple):
     right: bool
 
     @classmethod
-    def of(
-        cls, config: WindowConfig, features: tuple[Array, ...], left: Array | None, right: Array | None
-    ) -> "Bank":
+    def of(cls, config: WindowConfig, operands: Operands) -> "Bank":
         """Of the operands of a call."""
+        features, left, right = operands.features, operands.left, operands.right
         leading = (1,) * (3 - len(config.filter_size))
         depth, rows, columns = (*leading, *config.filter_size)
         # An axis that is not there has one offset, 0, whose bandwidth does not matter.
@@ -132,49 +131,54 @@ def stacked_maps(features: Sequence[Array], *scales: Array | None) -> Array | No
     return jnp.concatenate([x.astype(jnp.float32) for x in arrays], axis=-1)
 
 
-def pull_back(
-    bank: Bank,
-    needs: Needs,
-    operands: tuple[Any, ...],
-    stream: Callable[[Needs], Array],
-    transposed: Callable[[], Array],
-) -> tuple[Any, ...]:
-    """Puts the gradients of a message together.
+def unsupported_type(operands: Operands) -> str | None:
+    """Says which operand is of a type that kernels do not compute with, or None."""
+    for array in (operands.q, *operands.features, operands.weights):
+        if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            return f"{array.dtype} operands, only float32, bfloat16 and float16"
+    return None
+
+
+def named_gradients(
+    bank: Bank, wanted: Needs, operands: Operands, stream: Callable[[Needs], Array]
+) -> dict[str, Any]:
+    """Tells the gradients of a pass apart.
 
     Args:
         bank: of the operands.
-        needs: which gradients are wanted; the others come back as zeros.
-        operands: `q`, features, weights, left and right.
+        wanted: which gradients are.
+        operands: of the message.
         stream: finds `[batch, depth, rows, columns, numbers]` by `Bank.slots`, those of the weights pixel by pixel.
-        transposed: finds the gradient of `q`.
 
     Returns:
-        Gradients in the order of the operands; None where the operand is None.
+        Gradients by the names of the operands.
     """
-    gradients = Needs(*jax.tree.map(jnp.zeros_like, operands))._asdict()
-    wanted = bank.streamed(needs)
-    if any(wanted):
-        found = stream(wanted)
-        named = dict(zip(Needs._fields, operands, strict=True))
-        for name, slots in bank.slots(wanted).items():
-            part = found[..., slots.start : slots.stop]
-            if name == "features":
-                pieces = [bank.feature_maps(m) for m in range(bank.kernels)]
-                gradients[name] = tuple(
-                    _like(part[..., piece.start : piece.stop], f)
-                    for piece, f in zip(pieces, named[name], strict=True)
-                )
-            elif name == "weights":
-                # Row by row, slice by slice, so that float32 never adds a whole image one by one.
-                gradients[name] = part.sum(axis=3).sum(axis=2).sum(axis=(0, 1)).astype(named[name].dtype)
-            else:
-                gradients[name] = _like(part, named[name])
-    if needs.q:
-        gradients["q"] = transposed()
-    return tuple(gradients.values())
+    wanted = bank.streamed(wanted)
+    if not any(wanted):
+        return {}
+    found = stream(wanted)
+    gradients: dict[str, Any] = {}
+    for name, slots in bank.slots(wanted).items():
+        part = found[..., slots.start : slots.stop]
+        if name == "features":
+            pieces = [bank.feature_maps(m) for m in range(bank.kernels)]
+            gradients[name] = tuple(
+                _flat(part[..., piece.start : piece.stop], f)
+                for piece, f in zip(pieces, operands.features, strict=True)
+            )
+        elif name == "weights":
+            # Row by row, slice by slice, so that float32 never adds a whole image one by one.
+            total = part.sum(axis=3).sum(axis=2).sum(axis=(0, 1))
+            gradients[name] = total.astype(operands.weights.dtype)
+        else:
+            gradients[name] = _flat(part, getattr(operands, name))
+    return gradients
 
 
-def _like(gradient: Array, operand: Array) -> Array:
-    if operand.shape[0] == 1:  # shared by the whole batch
-        gradient = gradient.sum(axis=0, keepdims=True)
-    return gradient.reshape(operand.shape).astype(operand.dtype)
+def _flat(gradient: Array, operand: Array) -> Array:
+    return like_operand(gradient, operand).reshape(operand.shape)
+
+
+def product(first: Array, *factors: Array) -> Array:
+    """Of one array or more."""
+    return functools.reduce(jnp.multiply, factors, first)
