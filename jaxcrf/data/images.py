@@ -6,6 +6,8 @@ own name is always whole.
 """
 
 import contextlib
+import dataclasses
+import io
 import os
 import secrets
 import threading
@@ -28,8 +30,31 @@ _STRETCHED = {"L;2": 85, "L;4": 17}
 _pillow_limit = threading.Lock()
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
+class EncodedFile:
+    """The contents of a file that lie in memory, to be read as the file itself would be.
+
+    Attributes:
+        name: what stands for the path in messages.
+        contents: the file's bytes.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "labels.png"
+        >>> write_labels(path, np.array([[0, 1, 255]]))
+        >>> read_labels(EncodedFile("record 0", path.read_bytes()))
+        array([[  0,   1, 255]], dtype=int32)
+    """
+
+    name: str
+    contents: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+
 def read_image(
-    path: str | os.PathLike, *, max_pixels: int | None = None
+    path: str | os.PathLike | EncodedFile, *, max_pixels: int | None = None
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Reads an image as RGB.
 
@@ -39,7 +64,7 @@ def read_image(
     refused, because their range is anybody's guess.
 
     Args:
-        path: the file.
+        path: the file, or its contents in memory.
         max_pixels: the largest size accepted; None means Pillow's limit against decompression bombs, about
             89 million.
 
@@ -78,7 +103,7 @@ def read_image(
 
 
 def read_labels(
-    path: str | os.PathLike, *, max_pixels: int | None = None
+    path: str | os.PathLike | EncodedFile, *, max_pixels: int | None = None
 ) -> Int32[np.ndarray, "height width"]:
     """Reads a label map.
 
@@ -86,7 +111,7 @@ def read_labels(
     as stored. An EXIF orientation is applied, as for images.
 
     Args:
-        path: the file, usually a PNG.
+        path: the file, usually a PNG, or its contents in memory.
         max_pixels: the largest size accepted; None means Pillow's limit against decompression bombs, about
             89 million.
 
@@ -314,10 +339,14 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike, max_pixels: int | None) -> Iterator[Image.Image]:
+def _opened(path: str | os.PathLike | EncodedFile, max_pixels: int | None) -> Iterator[Image.Image]:
     """Opens an image and turns everything that Pillow may raise while it is decoded into a `ValueError`."""
-    path = Path(path)
-    _check_readable(path)
+    file: Path | io.BytesIO
+    if isinstance(path, EncodedFile):
+        file = io.BytesIO(path.contents)
+    else:
+        path = file = Path(path)
+        _check_readable(path)
     too_large = (
         "larger than the limit of {limit} against decompression bombs; if the file is to be trusted, pass a "
         "larger max_pixels"
@@ -329,7 +358,7 @@ def _opened(path: str | os.PathLike, max_pixels: int | None) -> Iterator[Image.I
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             saved, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, limit
             try:
-                image = Image.open(path)
+                image = Image.open(file)
             finally:
                 Image.MAX_IMAGE_PIXELS = saved
         with image:
