@@ -1,9 +1,20 @@
 """Images, label maps and data sets as files."""
 
+from jaxcrf.data import augmentation as augmentation
+from jaxcrf.data.augmentation import Augmentation as Augmentation
 from jaxcrf.data.folders import SegmentationFolder as SegmentationFolder
 from jaxcrf.data.folders import camvid_folder as camvid_folder
+from jaxcrf.data.folders import coco_folder as coco_folder
+from jaxcrf.data.folders import datasets as datasets
+from jaxcrf.data.folders import hku_is_folder as hku_is_folder
+from jaxcrf.data.folders import image_mask_folder as image_mask_folder
+from jaxcrf.data.folders import msra10k_folder as msra10k_folder
 from jaxcrf.data.folders import open_folder as open_folder
+from jaxcrf.data.folders import pascal_s_folder as pascal_s_folder
+from jaxcrf.data.folders import person_part_folder as person_part_folder
+from jaxcrf.data.folders import stanford_background_folder as stanford_background_folder
 from jaxcrf.data.folders import voc_folder as voc_folder
+from jaxcrf.data.images import EncodedFile as EncodedFile
 from jaxcrf.data.images import read_array as read_array
 from jaxcrf.data.images import read_image as read_image
 from jaxcrf.data.images import read_labels as read_labels
@@ -11,5 +22,10 @@ from jaxcrf.data.images import voc_palette as voc_palette
 from jaxcrf.data.images import write_array as write_array
 from jaxcrf.data.images import write_image as write_image
 from jaxcrf.data.images import write_labels as write_labels
+from jaxcrf.data.pipeline import Batches as Batches
+from jaxcrf.data.pipeline import Pipeline as Pipeline
+from jaxcrf.data.prepared import PreparedDataset as PreparedDataset
+from jaxcrf.data.prepared import load as load
+from jaxcrf.data.prepared import prepare as prepare
 from jaxcrf.data.synthetic import corrupt_labels as corrupt_labels
 from jaxcrf.data.synthetic import corrupt_probs as corrupt_probs
