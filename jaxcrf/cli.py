@@ -1,9 +1,10 @@
-"""The command line: `jaxcrf refine`, `jaxcrf search`, `jaxcrf demo` and `jaxcrf info`.
+"""The command line: `jaxcrf refine`, `jaxcrf search`, `jaxcrf evaluate`, `jaxcrf demo` and `jaxcrf info`.
 
 Results go to standard output, progress and complaints to standard error. Exit codes: 0 for success, 1 if
 some file could not be refined, 2 if the command line makes no sense, in which case nothing was written.
 """
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ import typer
 if TYPE_CHECKING:
     import numpy as np
 
+    from jaxcrf.data import SegmentationFolder
+    from jaxcrf.evaluation import Evaluation
     from jaxcrf.presets import Preset
     from jaxcrf.training import Trial
 
@@ -434,6 +437,288 @@ def _name_files(message: str, files: Sequence[Sequence[Path]]) -> str:
         if rest.startswith(f"{name}: "):
             return f"{path}: {rest.removeprefix(f'{name}: ')}"
     return f"{image}: {rest}"
+
+
+@app.command(no_args_is_help=True)
+def evaluate(
+    data: Annotated[
+        Path,
+        typer.Option(exists=True, file_okay=False, help="Folder of a data set in a known layout."),
+    ],
+    out: Annotated[Path, typer.Option(help="File for the report; ends in .html.")],
+    split: Annotated[
+        str | None, typer.Option(help="Part of the data set; default: val, or the only one.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Which data set it is; default: found out from the layout.")
+    ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Folder of what was predicted: label maps as palette or grayscale files, or probabilities as .npy, "
+            "\\[height, width, labels], named like the images.",
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Folder of a trained model, or of its training run."),
+    ] = None,
+    refine: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", help="Refine by convcrf or densecrf, and compare before with after."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Parameters for --refine: a name that `jaxcrf info` lists, or a .json file; default: the method's own."
+        ),
+    ] = None,
+    json_out: Annotated[
+        Path | None,
+        typer.Option("--json", help="File for all numbers; default: OUT with the suffix .json."),
+    ] = None,
+    around: Annotated[
+        str,
+        typer.Option(
+            help="What the curve near boundaries is around: labels, changes of label; or void, which outlines the "
+            "objects of PASCAL VOC."
+        ),
+    ] = "labels",
+    background: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="A label that is no object for tagging, localisation and boundary accuracy, as 0 is for PASCAL VOC; "
+            "default: none.",
+        ),
+    ] = None,
+    pictures: Annotated[
+        int, typer.Option(min=0, help="How many of the worst images to show, and of the best.")
+    ] = 4,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="How many images of one size a model sees at a time.")
+    ] = 1,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use so many images, evenly spread over the data set.")
+    ] = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Largest prediction accepted; default: 89 million, against decompression bombs."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check the input, say what would be done, and write nothing."),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace results that exist already.")
+    ] = False,
+) -> None:
+    """Measure predictions or a trained model, and write a report with tables, curves and pictures.
+
+    The report is one HTML file that needs nothing else; all its numbers are written beside it as JSON.
+    """
+    if (predictions is None) == (checkpoint is None):
+        _refuse("pass exactly one of --predictions and --checkpoint: what is to be evaluated")
+    if out.suffix.lower() not in (".html", ".htm"):
+        _refuse(f"--out: got {out}; expected a name that ends in .html")
+    numbers = out.with_suffix(".json") if json_out is None else json_out
+    if numbers.resolve() == out.resolve():
+        _refuse(f"--json: {numbers} is the report; choose another name")
+    if around not in ("labels", "void"):
+        _refuse(f"--around: got {around!r}; expected labels or void")
+    if preset is not None and refine is None:
+        _refuse("--preset goes with --refine: it says how")
+    if refine is not None:
+        from jaxcrf.refinement import METHODS
+
+        if refine not in METHODS:
+            _refuse(f"--refine: got {refine!r}; expected one of {', '.join(METHODS)}")
+    parameters = _read_preset(preset)
+    from jaxcrf.data import open_folder
+
+    try:
+        source = open_folder(data, split, dataset)
+    except ValueError as error:
+        _refuse(f"--data: {error}")
+    if limit is not None and limit < len(source):
+        chosen = [i * len(source) // limit for i in range(limit)]
+        fields = ("names", "image_paths", "label_paths")
+        every = {field: tuple(getattr(source, field)[i] for i in chosen) for field in fields}
+        source = dataclasses.replace(source, **every)  # type: ignore[arg-type]
+    if not len(source):
+        _refuse(f"--data: {data} has no images in this split; choose another")
+    num_labels = len(source.label_names)
+    if background is not None and background >= num_labels:
+        _refuse(f"--background: got {background}; the data set has the labels 0 to {num_labels - 1}")
+    files = [] if predictions is None else _stored(predictions, source.names)
+    _check_no_input([out, numbers], [*source.image_paths, *source.label_paths, *files])
+    _check_new([out, numbers], overwrite)
+    _use_compilation_cache()
+
+    import jaxcrf
+    from jaxcrf import evaluation
+    from jaxcrf.data import read_array, read_labels
+
+    failures = (ValueError, TypeError, OSError, MemoryError, RuntimeError)
+    index = iter(range(len(source)))
+
+    def read(_: Any) -> "np.ndarray":
+        path = files[next(index)]
+        return read_array(path) if path.suffix == ".npy" else read_labels(path, max_pixels=max_pixels)
+
+    predict: Any = read
+    lines = []
+    if checkpoint is not None:
+        try:
+            saved = jaxcrf.training.load_model(checkpoint)
+            predict = evaluation.make_predictor(saved.model)
+        # ImportError: where the packages for training are not installed.
+        except (*failures, ImportError) as error:
+            _complain(f"Error: {_for_command_line(str(error) or type(error).__name__)}")
+            raise typer.Exit(1) from error
+        known = tuple(saved.label_names)
+        if known and known != tuple(source.label_names):
+            _refuse(
+                f"--checkpoint: {checkpoint} was trained for the labels {', '.join(known)}, but {data} has "
+                f"{', '.join(source.label_names)}; evaluate it on the data set that it was trained for"
+            )
+
+    def refined(image: "np.ndarray", prediction: "np.ndarray") -> Any:
+        given: dict[str, Any] = {"probs": prediction}
+        if prediction.ndim == 2:
+            given = {"labels": prediction, "num_labels": num_labels, "ignore_label": source.ignore_label}
+        options: dict[str, Any] = {"method": refine, "preset": parameters}
+        return jaxcrf.refine(image, **given, **options)
+
+    if dry_run:
+        try:
+            lines = _plan_evaluation(source, predict, batch_size if checkpoint is not None else None)
+        except failures as error:
+            _complain(f"Error: {_for_command_line(str(error) or type(error).__name__)}")
+            raise typer.Exit(1) from error
+        for line in (
+            f"data        {data}: {len(source)} images, {num_labels} labels",
+            f"predictions {checkpoint or predictions}",
+            *lines,
+            f"refinement  {refine or 'none'}",
+            f"would write {out} and {numbers}",
+        ):
+            print(line)
+        return
+    for option, folder in (("--out", out.parent), ("--json", numbers.parent)):
+        reason = _make_writable(folder)
+        if reason:
+            _refuse(f"{option}: {folder} cannot be written to ({reason}); choose another folder")
+
+    # Every step of this iterator is one more image on the bar.
+    bar = _progress(range(len(source)), "Evaluating")
+    next(bar)
+    try:
+        result = evaluation.evaluate(
+            predict,
+            source,
+            batch_size=None if checkpoint is None else batch_size,
+            refine=None if refine is None else refined,
+            around=around,  # type: ignore[arg-type]
+            background=background,
+            num_pictures=pictures,
+            on_image=lambda _: next(bar, None),
+        )
+        what = f"{checkpoint or predictions} on {data}" + (f", {split}" if split else "")
+        how = "" if refine is None else f"; refined by {refine}{f' ({preset})' if preset else ''}"
+        result.save_html(out, title="Evaluation", notes=f"{what}{how}", source=jaxcrf.__file__)
+        result.save_json(numbers, source=jaxcrf.__file__)
+    # RuntimeError: XLA's, for instance when the memory of the device does not suffice.
+    except failures as error:
+        bar.close()  # type: ignore[attr-defined]
+        _complain(f"Error: {_for_command_line(str(error) or type(error).__name__)}")
+        raise typer.Exit(1) from error
+    _print_evaluation(result)
+    print(f"wrote {out} and {numbers}")
+
+
+def _print_evaluation(result: "Evaluation") -> None:
+    import math
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    def percent(value: float) -> str:
+        return "–" if math.isnan(value) else f"{100 * value:.2f} %"
+
+    before = None if result.baseline is None else result.baseline
+    columns = ["", "result"] if before is None else ["", "before", "after"]
+    table = Table(*columns)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, value in result.totals().items():
+        earlier = [] if before is None else [percent(before.totals()[name])]
+        table.add_row(name.replace("_", " "), *earlier, percent(value))
+    table.add_section()
+    earlier_rows = None if before is None else before.table()
+    for row in result.table():
+        earlier = [] if earlier_rows is None else [percent(earlier_rows[row.label].iou)]
+        table.add_row(Text(f"IoU {row.name}"), *earlier, percent(row.iou))
+    Console(highlight=False).print(table)
+
+
+def _plan_evaluation(source: "SegmentationFolder", predict: Any, batch_size: int | None) -> list[str]:
+    """What is known before anything is evaluated; reads the first image, and of stored predictions the first."""
+    import jax
+    import numpy as np
+
+    image, _ = source[0]
+    lines = [f"first image {source.names[0]}: {' x '.join(map(str, image.shape))}"]
+    if batch_size is None:
+        prediction = np.asarray(predict(image))
+        return [
+            *lines,
+            f"prediction  {' x '.join(map(str, prediction.shape))}, {prediction.dtype}",
+        ]
+    compiled = predict.lower(jax.ShapeDtypeStruct((batch_size, *image.shape), image.dtype)).compile()
+    shape = " x ".join(map(str, jax.tree.leaves(compiled.out_info)[0].shape))
+    count = sum(leaf.size for leaf in jax.tree.leaves(predict.state))
+    lines += [f"prediction  {shape}", f"parameters  {count:,}"]
+    memory = compiled.memory_analysis()
+    # Not every backend knows.
+    if memory is not None:
+        needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        lines.append(f"memory      {needed / 2**20:.0f} MiB for a batch of {batch_size}, as compiled")
+    return lines
+
+
+def _stored(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The prediction of every image; it is refused if one is missing, or there are two."""
+    found, missing = [], []
+    for name in names:
+        # Not with_suffix, which would take the end of a stem with a dot in it for a suffix.
+        files = [folder / f"{name}{suffix}" for suffix in (*_LABEL_SUFFIXES, *_PROBS_SUFFIXES)]
+        files = [path for path in files if path.is_file()]
+        if len(files) > 1:
+            _refuse(f"--predictions: holds both {files[0]} and {files[1]}; remove the one that is not meant")
+        if files:
+            found.append(files[0])
+        else:
+            missing.append(name)
+    if missing:
+        more = f" (nor those of {len(missing) - 1} more)" if len(missing) > 1 else ""
+        _refuse(
+            f"--predictions: {folder} holds no {missing[0]}{_LABEL_SUFFIXES[0]} and no {missing[0]}{_PROBS_SUFFIXES[0]}"
+            f"{more}, of {len(names)} images; add the predictions, or choose a --split that they are of"
+        )
+    return found
+
+
+def _check_no_input(outputs: Sequence[Path], inputs: "Sequence[Path | None]") -> None:
+    taken = {path.resolve(): path for path in inputs if path is not None}
+    for name in outputs:
+        if name.resolve() in taken:
+            _refuse(f"--out: {name} would replace the input {taken[name.resolve()]}; choose another name")
 
 
 @app.command(no_args_is_help=True)

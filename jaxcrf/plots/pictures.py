@@ -1,8 +1,4 @@
-"""Pictures: overlays, side-by-side grids, what a refinement changed, pairwise terms and uncertainties.
-
-Figures are made without pyplot: nothing is global, nothing needs a display, and nothing has to be closed.
-Show one in a notebook by making it the last value of a cell, or store it with `save_figure`.
-"""
+"""Pictures of images: overlays, side-by-side grids, what a refinement changed, pairwise terms and uncertainties."""
 
 import dataclasses
 import math
@@ -32,7 +28,7 @@ DIFFERENCE_COLORS = {
     "broken": (213, 94, 0),
     "still wrong": (240, 200, 70),
 }
-_TEXT = "#222222"
+TEXT = "#222222"
 # The share of numbers that the scale of a picture spans; those beyond have the colour of its end.
 SHOWN_IN_FULL = 0.99
 
@@ -403,12 +399,12 @@ def uncertainty(
     pictures = {
         "image": _rgb("image", image),
         "labels": _painted(winners, palette, None),
-        "σ of the winner": _shaded(shares),
-        "chance of the runner-up": _shaded(2 * chance),
+        "σ of the winner": shaded(shares),
+        "chance of the runner-up": shaded(2 * chance),
     }
     ends = {2.5: (f"{least:.3g}", f"{most:.3g}"), 3.5: ("0", "½")}
     legends = [
-        _Legend([_patch((255, 255, 255), low), _patch(_SHADE, high)], center, panel_width)
+        _Legend([_patch((255, 255, 255), low), _patch(SHADE, high)], center, panel_width)
         for center, (low, high) in ends.items()
     ]
     if label_names is not None:
@@ -458,7 +454,7 @@ def _names(labels: Sequence[int], count: int, names: Sequence[str] | None) -> li
 
 
 # What pictures of numbers fade to from white: blue and orange for the two signs, and one shade for amounts.
-_NEGATIVE, _POSITIVE, _SHADE = (0, 86, 150), (190, 80, 0), (60, 24, 90)
+_NEGATIVE, _POSITIVE, SHADE = (0, 86, 150), (190, 80, 0), (60, 24, 90)
 
 
 def _diverging(values: np.ndarray, limit: float) -> np.ndarray:
@@ -468,10 +464,10 @@ def _diverging(values: np.ndarray, limit: float) -> np.ndarray:
     return np.round(255 + np.abs(share) * (color - 255)).astype(np.uint8)
 
 
-def _shaded(shares: np.ndarray) -> np.ndarray:
+def shaded(shares: np.ndarray) -> np.ndarray:
     """White for 0, dark for 1."""
     share = np.clip(shares, 0, 1)[..., None]
-    return np.round(255 + share * (np.array(_SHADE) - 255)).astype(np.uint8)
+    return np.round(255 + share * (np.array(SHADE) - 255)).astype(np.uint8)
 
 
 def _rgb(name: str, image: Any) -> np.ndarray:
@@ -592,7 +588,7 @@ def _panels(
             bbox_to_anchor=((gap / 2 + entry.center * (width + gap)) / total_width, legend / total_height),
             frameon=False,
             fontsize=9,
-            labelcolor=_TEXT,
+            labelcolor=TEXT,
             handlelength=1.1,
             handleheight=1.1,
             handletextpad=0.5,
@@ -629,4 +625,4 @@ def _show(axes: "Axes", picture: np.ndarray, title: str | None) -> None:
     axes.imshow(picture, interpolation="antialiased")
     axes.set_axis_off()
     if title is not None:
-        axes.set_title(title, fontsize=11, color=_TEXT, pad=5)
+        axes.set_title(title, fontsize=11, color=TEXT, pad=5)
