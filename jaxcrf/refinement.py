@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, Int, Shaped
 
 from jaxcrf import _checks, presets
 from jaxcrf._checks import Normalization
 from jaxcrf.features import bilateral_features, position_features
 from jaxcrf.filters import Filter, Window, fully_connected, select_filter
+from jaxcrf.filters.halo import ambient, constrain, evenly, place, read_sharding, splits
 from jaxcrf.filters.selection import Kind
 from jaxcrf.inference.mean_field import MeanFieldResult, mean_field
 from jaxcrf.presets import Preset
@@ -47,11 +49,14 @@ class RefineConfig:
         spatial_ndim: 2 for images, 3 for volumes.
         filter: "window" for ConvCRF; one of the fully connected filters, or "auto" for what
             `filters.select_filter` says, for the dense CRF.
+        sharding: None, or a `NamedSharding` that says which mesh axes split the unary's `[*batch, *spatial]`;
+            only the window filter takes one that splits spatial axes.
     """
 
     preset: Preset = DEFAULT_PRESET
     spatial_ndim: int = 2
     filter: str = "window"
+    sharding: NamedSharding | None = None
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -73,7 +78,7 @@ def refine_logits(
         outside `jit` where that happens, or with a capacity of your own.
 
     Raises:
-        ValueError: if shapes disagree.
+        ValueError: if shapes disagree, or a fully connected filter is to be split over spatial axes.
 
     Example:
         >>> import jax.numpy as jnp, jaxcrf
@@ -81,12 +86,21 @@ def refine_logits(
         >>> jaxcrf.refine_logits(image, logits).probs.shape
         (8, 8, 2)
     """
+    if config.sharding is not None:
+        config = dataclasses.replace(config, sharding=read_sharding(config.sharding, jnp.ndim(logits) - 1))
+        _check_splittable(config)
     return _infer(_build_filter(image, config), logits, config)
 
 
 def _infer(k: Filter, logits: Array, config: RefineConfig) -> MeanFieldResult:
     preset = config.preset
-    return mean_field(logits, k, num_iterations=preset.num_iterations, unary_weight=preset.unary_weight)
+    if config.sharding is not None:
+        logits = constrain(logits, config.sharding)
+    result = mean_field(logits, k, num_iterations=preset.num_iterations, unary_weight=preset.unary_weight)
+    if config.sharding is None:
+        return result
+    probs, scores = (constrain(x, evenly(config.sharding, x.shape)) for x in (result.probs, result.logits))
+    return result._replace(probs=probs, logits=scores)
 
 
 def _build_filter(image: Array, config: RefineConfig) -> Filter:
@@ -111,7 +125,9 @@ def _build_filter(image: Array, config: RefineConfig) -> Filter:
         raise ValueError("position_weight, bilateral_weight: both are 0; at least one kernel must be left")
     common: Any = {"weights": jnp.asarray(weights, jnp.float32), "spatial_ndim": config.spatial_ndim}
     if config.filter == "window":
-        k: Filter = Window(tuple(features), preset.filter_size, blur=preset.blur, **common)
+        k: Filter = Window(
+            tuple(features), preset.filter_size, blur=preset.blur, sharding=config.sharding, **common
+        )
     else:
         kind = select_filter(math.prod(spatial)) if config.filter == "auto" else cast(Kind, config.filter)
         if kind == "lattice" and preset.normalization != "none":
@@ -150,6 +166,7 @@ def refine(
     normalization: Normalization | None = None,
     ignore_label: int | None = 255,
     spatial_ndim: int = 2,
+    sharding: NamedSharding | None = None,
     **parameters: Any,
 ) -> Float[Array, "*batch_and_spatial labels"]:
     """Sharpens a segmentation along the edges of the image it belongs to.
@@ -174,17 +191,23 @@ def refine(
         ignore_label: pixels of this label in `labels` are filled in from their neighbours; None for no
             such label.
         spatial_ndim: 2 for images, 3 for volumes.
+        sharding: which mesh axes split the axes `[*batch, *spatial]`, so that several devices refine one image
+            (see `filters.Window`) or a batch; None takes that of the unary, where this is a `jax.Array` split by a
+            `NamedSharding`. Only "convcrf" can split spatial axes.
         **parameters: any other field of `Preset`, instead of the preset's. They are static: every distinct
             set compiles anew, so search over parameters with `filters.Window` and `mean_field` instead.
 
     Returns:
-        Refined probabilities, float32 `[*batch, *spatial, L]`.
+        Refined probabilities, float32 `[*batch, *spatial, L]`; split like the unary, but for axes that do not
+        divide by their devices, which come back whole.
 
     Raises:
-        TypeError: on an unknown parameter, or unless exactly one of probs, logits and labels is given.
+        TypeError: on an unknown parameter, unless exactly one of probs, logits and labels is given, or if
+            `sharding` is no `NamedSharding` over devices.
         ValueError: on arrays that do not fit each other, values that are not what the argument says (NaN,
             negative or unnormalised probabilities, labels out of range), or options out of range; also if
-            bandwidths are so small that no pixel has a neighbour (fully connected filters).
+            bandwidths are so small that no pixel has a neighbour, or spatial axes are split (fully connected
+            filters).
         MemoryError: if the machine has less memory than the maps of all labels need.
 
     Warns:
@@ -200,6 +223,15 @@ def refine(
         >>> refined = jaxcrf.refine(image, labels=noisy, num_labels=2)
         >>> bool((refined.argmax(-1) == truth).all())
         True
+
+        Rows over all devices; the result is the same, and is split alike:
+
+        >>> import jax
+        >>> from jax.sharding import NamedSharding, PartitionSpec
+        >>> rows = NamedSharding(jax.make_mesh((jax.device_count(),), ("rows",)), PartitionSpec("rows"))
+        >>> split = jaxcrf.refine(image, labels=noisy, num_labels=2, sharding=rows)
+        >>> bool(np.allclose(split, refined, atol=1e-4)), split.sharding.is_equivalent_to(rows, 3)
+        (True, True)
 
     References:
         Teichmann and Cipolla, *Convolutional CRFs for Semantic Segmentation*, 2018; Krähenbühl and Koltun,
@@ -226,22 +258,41 @@ def refine(
         )
     leading = np.shape(unary) if labels is not None else np.shape(unary)[:-1]
     image = _check_image(image, leading, name)
+    wanted = _sharding_of(unary, len(leading)) if sharding is None else sharding
+    if wanted is not None:
+        config = dataclasses.replace(config, sharding=read_sharding(wanted, len(leading)))
+        _check_splittable(config)
+    image = place(image, config.sharding)
+    with ambient(config.sharding):
+        if labels is not None:
+            refined = _refine_label_map(image, labels, num_labels, ignore_label, config)
+        else:
+            refined = _refine_unary(image, unary, name, config)
+    # The mesh that the caller speaks of may differ from ours in the type of its axes.
+    return place(refined, wanted)
 
-    if labels is not None:
-        if num_labels is None:
-            raise TypeError("labels needs num_labels: a map need not show every label")
-        count = _checks.check_num_labels(num_labels)
-        ignored = None if ignore_label is None else operator.index(ignore_label)
-        array = _checks.check_labels(name, labels, count, ignored)
-        _checks.check_not_empty(name, array)
-        _check_memory(leading, count, config)
-        source = _filter_or_image(image, config)
-        return _jitted(_refine_labels, False)(source, array, config, count, ignored)
 
+def _refine_label_map(
+    image: Array, labels: Any, num_labels: int | None, ignore_label: int | None, config: RefineConfig
+) -> Array:
+    if num_labels is None:
+        raise TypeError("labels needs num_labels: a map need not show every label")
+    count = _checks.check_num_labels(num_labels)
+    ignored = None if ignore_label is None else operator.index(ignore_label)
+    array = _checks.check_labels("labels", labels, count, ignored)
+    _checks.check_not_empty("labels", array)
+    _check_memory(array.shape, count, config)
+    array = place(array, config.sharding)
+    source = _filter_or_image(image, config)
+    return _jitted(_refine_labels, False)(source, array, config, count, ignored)
+
+
+def _refine_unary(image: Array, unary: Any, name: str, config: RefineConfig) -> Array:
     owned = isinstance(unary, (np.ndarray, list, tuple))  # anything else may hand out its own buffer
     array = jnp.asarray(unary)
     _checks.check_not_empty(name, array)
-    if probs is not None:
+    array = place(array, config.sharding)
+    if name == "probs":
         _checks.check_probs(name, array)
     else:
         if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -251,8 +302,8 @@ def refine(
         _checks.check_finite(name, array)
     if array.shape[-1] == 1:
         return jnp.ones(array.shape, jnp.float32)
-    core = _refine_probs if probs is not None else _refine_scores
-    _check_memory(leading, array.shape[-1], config)
+    core = _refine_probs if name == "probs" else _refine_scores
+    _check_memory(array.shape[:-1], array.shape[-1], config)
     source = _filter_or_image(image, config)
     # A copy of ours on the device may be overwritten, which saves large images one map of memory.
     return _jitted(core, owned and array.dtype == jnp.float32)(source, array, config)
@@ -273,9 +324,33 @@ def _filter_or_image(image: Array, config: RefineConfig) -> Array | Filter:
     return _build_filter(image, config) if kind == "lattice" else image
 
 
+def _sharding_of(unary: Any, ndim: int) -> NamedSharding | None:
+    """How an array is split over devices, where it is and its labels are not."""
+    found = unary.sharding if isinstance(unary, jax.Array) and _checks.is_concrete(unary) else None
+    if not isinstance(found, NamedSharding) or not isinstance(found.mesh, Mesh):
+        return None
+    if len(found.spec) > ndim and found.spec[ndim] is not None:
+        return None
+    return found if splits(read_sharding(found, ndim)) else None
+
+
+def _check_splittable(config: RefineConfig) -> None:
+    """Raises if spatial axes are split for a filter between all pairs of pixels."""
+    if config.filter != "window" and splits(config.sharding, slice(-config.spatial_ndim, None)):
+        raise ValueError(
+            f"sharding: {cast(NamedSharding, config.sharding).spec} splits an image over devices, which only method "
+            "'convcrf' can; fully connected filters need whole images. Split batch axes only, or bring the image "
+            "together first, e.g. with jax.device_put(probs, jax.devices()[0])"
+        )
+
+
 def _check_memory(leading: tuple[int, ...], num_labels: int, config: RefineConfig) -> None:
+    # Devices of their own memory share the maps; those of a CPU share its memory.
+    pieces = 1
+    if config.sharding is not None and jax.default_backend() != "cpu":
+        pieces = math.prod(leading) // math.prod(evenly(config.sharding, leading).shard_shape(leading))
     _checks.check_memory(
-        4 * _MAPS * math.prod(leading) * num_labels,
+        4 * _MAPS * math.prod(leading) * num_labels // pieces,
         f"refining {' x '.join(map(str, leading))} pixels with {num_labels} labels",
         "Refine a crop at a time, fewer labels at a time, or a smaller batch.",
     )

@@ -36,17 +36,29 @@ def pixels_per_cell(n: int, blur: int) -> np.ndarray:
     return np.diff(edges)
 
 
-def average_pool(x: Array, blur: int, spatial: Sequence[int]) -> Array:
-    """Averages `[*batch, *spatial, c]` over cells of `blur` pixels along every spatial axis."""
+def average_pool(x: Array, blur: int, spatial: Sequence[int], grid: Sequence[int] | None = None) -> Array:
+    """Averages `[*batch, *spatial, c]` over cells of `blur` pixels along every spatial axis.
+
+    Args:
+        x: the maps.
+        blur: the width of a cell.
+        spatial: the pixels along every axis.
+        grid: the cells along every axis, where more are wanted than there are; these are zero.
+
+    Returns:
+        `[*batch, *grid, c]`.
+    """
     dtype, batch = x.dtype, x.ndim - 1 - len(spatial)
     pad = [(0, 0)] * batch
     split = list(x.shape[:batch])
     size = np.ones((), x.dtype)
-    for n in spatial:
+    for axis, n in enumerate(spatial):
         count, front = cells(n, blur)
-        pad.append((front, count * blur - n - front))
-        split += [count, blur]
-        size = np.multiply.outer(size, pixels_per_cell(n, blur))
+        wanted = count if grid is None else grid[axis]
+        pad.append((front, wanted * blur - n - front))
+        split += [wanted, blur]
+        pixels = np.pad(pixels_per_cell(n, blur), (0, wanted - count), constant_values=1)
+        size = np.multiply.outer(size, pixels)
     x = jnp.pad(x, [*pad, (0, 0)]).reshape(*split, x.shape[-1])
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # 16-bit floats are storage only
     total = x.sum(axis=tuple(range(batch + 1, batch + 2 * len(spatial), 2)))
@@ -54,25 +66,47 @@ def average_pool(x: Array, blur: int, spatial: Sequence[int]) -> Array:
 
 
 def bilinear_upsample(x: Array, blur: int, spatial: Sequence[int]) -> Array:
-    """Brings cells `[*batch, *cells, c]` back to `[*batch, *spatial, c]`, linearly along every axis."""
+    """Brings cells `[*batch, *grid, c]` back to `[*batch, *spatial, c]`, linearly along every axis.
+
+    Cells behind the last that has pixels (see `average_pool`) have no part in it.
+    """
     # One axis after the other as `blur` phases, each a fixed blend of a cell and one neighbour: five times
     # faster on a CPU than jax.image.resize, whose weights are a matrix.
     for axis, n in enumerate(spatial, start=x.ndim - 1 - len(spatial)):
         count, front = cells(n, blur)
-        before = jnp.concatenate(
-            [lax.slice_in_dim(x, 0, 1, axis=axis), lax.slice_in_dim(x, 0, -1, axis=axis)], axis
-        )
-        after = jnp.concatenate(
-            [lax.slice_in_dim(x, 1, None, axis=axis), lax.slice_in_dim(x, -1, None, axis=axis)], axis
-        )
+        index = lax.broadcasted_iota(jnp.int32, x.shape, axis)
+        # The border is repeated.
+        before = jnp.where(index == 0, x, shift(x, axis, -1))
+        after = jnp.where(index == count - 1, x, shift(x, axis, 1))
         phases = []
         for position in _phase_positions(blur):
             neighbour = before if position < 0 else after
             phases.append((1 - abs(position)) * x + abs(position) * neighbour)
+        grid = x.shape[axis]
         x = jnp.stack(phases, axis=axis + 1)
-        x = x.reshape(*x.shape[:axis], count * blur, *x.shape[axis + 2 :])
+        x = x.reshape(*x.shape[:axis], grid * blur, *x.shape[axis + 2 :])
         x = lax.slice_in_dim(x, front, front + n, axis=axis)
     return x
+
+
+def repeat_cells(x: Array, blur: int, spatial: Sequence[int]) -> Array:
+    """Gives every pixel what its cell has: `[*batch, *grid, c]` to `[*batch, *spatial, c]`."""
+    for axis, n in enumerate(spatial, start=x.ndim - 1 - len(spatial)):
+        _, front = cells(n, blur)
+        grid = x.shape[axis]
+        x = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*x.shape[: axis + 1], blur, *x.shape[axis + 1 :]))
+        x = x.reshape(*x.shape[:axis], grid * blur, *x.shape[axis + 2 :])
+        x = lax.slice_in_dim(x, front, front + n, axis=axis)
+    return x
+
+
+def shift(x: Array, axis: int, offset: int) -> Array:
+    """What lies `offset` further along an axis, zero where nothing does."""
+    # By padding alone: where the axis is split over devices, XLA then moves one row and not, as for a
+    # concatenation, the whole map.
+    pad = [(0, 0, 0)] * x.ndim
+    pad[axis] = (-offset, offset, 0)
+    return lax.pad(x, jnp.zeros((), x.dtype), pad)
 
 
 def upsample_weights(n: int, blur: int) -> np.ndarray:
