@@ -206,16 +206,16 @@ def find_data(path: Path | None, parser: argparse.ArgumentParser) -> Path:
     return path
 
 
-def write_demonstration_folder(root: Path) -> None:
+def write_demonstration_folder(root: Path, split: str = "val") -> None:
     """A data set of two pieces of the photograph that ships with matplotlib, in the layout of CamVid."""
     from jaxcrf import _demo
 
     image, labels = _demo.photograph(), _demo.annotation()
     for part in ("images", "labels"):
-        (root / "val" / part).mkdir(parents=True)
+        (root / split / part).mkdir(parents=True)
     for name, piece in {"upper": np.s_[:160, 120:320], "lower": np.s_[280:440, 180:380]}.items():
-        write_image(root / "val" / "images" / f"{name}.png", image[piece])
-        write_labels(root / "val" / "labels" / f"{name}.png", labels[piece])
+        write_image(root / split / "images" / f"{name}.png", image[piece])
+        write_labels(root / split / "labels" / f"{name}.png", labels[piece])
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from jaxcrf import compat as compat
     from jaxcrf import compatibility as compatibility
     from jaxcrf import data as data
+    from jaxcrf import evaluation as evaluation
     from jaxcrf import filters as filters
     from jaxcrf import inference as inference
     from jaxcrf import metrics as metrics
+    from jaxcrf import models as models
     from jaxcrf import nn as nn
     from jaxcrf import plots as plots
     from jaxcrf import presets as presets
@@ -51,9 +53,11 @@ _SUBMODULES = (
     "compat",
     "compatibility",
     "data",
+    "evaluation",
     "filters",
     "inference",
     "metrics",
+    "models",
     "nn",
     "plots",
     "presets",

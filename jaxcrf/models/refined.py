@@ -1,0 +1,47 @@
+"""A network and the CRF on top of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Num
+
+from jaxcrf.nn import ConvCRF
+
+# What `create(…, refine=…)` attaches; every entry takes `num_labels` and its own options.
+REFINEMENTS: dict[str, Callable[..., nnx.Module]] = {"convcrf": ConvCRF}
+
+
+class Refined(nnx.Module):
+    """A unary network, refined by a CRF: logits in, logits out.
+
+    Its parameters are `unary/…` and `crf/…`, which is what training protocols go by.
+
+    Args:
+        unary: images `[*batch, H, W, channels]` in 0 … 255 to logits.
+        crf: images and logits to logits, as `nn.ConvCRF`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from jaxcrf import models
+        >>> model = models.create("small_fcn", 3, width=8, refine="convcrf", rngs=nnx.Rngs(0))
+        >>> model(jnp.zeros((1, 24, 32, 3))).shape
+        (1, 24, 32, 3)
+    """
+
+    def __init__(self, unary: nnx.Module, crf: nnx.Module):
+        self.unary = unary
+        self.crf = crf
+
+    def __call__(
+        self, images: Num[Array, "*batch height width channels"]
+    ) -> Float[Array, "*batch height width labels"]:
+        """Refined logits."""
+        return self.with_unary(images)[0]
+
+    def with_unary(self, images: Num[Array, "*batch height width channels"]) -> tuple[Any, Any]:
+        """Refined logits, and those of the unary network, for losses on both."""
+        unary: Any = self.unary(images)
+        return self.crf(images, unary), unary

@@ -1,0 +1,153 @@
+"""Models by name, so that a checkpoint can say which one it holds."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+
+from jaxcrf import _checks
+from jaxcrf.models.refined import REFINEMENTS, Refined
+from jaxcrf.models.small_fcn import SmallFCN
+
+# Every entry takes `num_labels, *, in_channels, dtype, rngs` and its own options.
+_MODELS: dict[str, Callable[..., nnx.Module]] = {
+    "small_fcn": SmallFCN,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What `create` needs to make a model again: it hashes, compares and goes to JSON and back.
+
+    Attributes:
+        name: the entry of the registry.
+        num_labels: `L`.
+        options: further arguments of `create`, sorted by name.
+
+    Example:
+        >>> config = ModelConfig.of("small_fcn", 11, width=32)
+        >>> ModelConfig.from_json(config.to_json()) == config
+        True
+    """
+
+    name: str
+    num_labels: int
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, name: str, num_labels: int, **options: Any) -> "ModelConfig":
+        """The configuration with these options.
+
+        Raises:
+            ValueError: if there is no such model.
+            TypeError: if an option is not a number, string, None, or a sequence of those.
+        """
+        if name not in _MODELS:
+            near = difflib.get_close_matches(name, _MODELS, n=1)
+            raise ValueError(
+                f"name: got {name!r}{f', did you mean {near[0]!r}?' if near else ''}; the models are "
+                f"{', '.join(_MODELS)}"
+            )
+        frozen = []
+        for key, value in sorted(options.items()):
+            try:
+                frozen.append((key, _frozen(json.loads(json.dumps(value)))))
+            except TypeError as error:
+                raise TypeError(
+                    f"{key}: got {value!r}; expected what JSON can hold: a number, a string, None, or a list or "
+                    "mapping of those"
+                ) from error
+        return cls(name, _checks.check_num_labels(num_labels), tuple(frozen))
+
+    def create(self, rngs: nnx.Rngs) -> nnx.Module:
+        """A new model with fresh parameters.
+
+        Raises:
+            TypeError: if the model has no such option.
+        """
+        options = {key: _thawed(value) for key, value in self.options}
+        refine, refine_options = options.pop("refine", None), options.pop("refine_options", None) or {}
+        model: Any = _MODELS[self.name](self.num_labels, rngs=rngs, **options)
+        if refine is not None:
+            if refine not in REFINEMENTS:
+                raise ValueError(f"refine: got {refine!r}; expected None or one of {', '.join(REFINEMENTS)}")
+            model = Refined(model, REFINEMENTS[refine](self.num_labels, **refine_options))
+        elif refine_options:
+            raise ValueError("refine_options: goes with refine; name the CRF that they are for")
+        model.config = self
+        return model
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return {
+            "name": self.name,
+            "num_labels": self.num_labels,
+            "options": {key: _thawed(value) for key, value in self.options},
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """The configuration that `to_json` wrote."""
+        return cls.of(values["name"], values["num_labels"], **values["options"])
+
+
+def create(name: str, num_labels: int, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
+    """Makes a model for dense labelling: images `[*batch, H, W, channels]` in 0 … 255 to logits `[*batch, H, W, L]`.
+
+    Args:
+        name: one of `names()`.
+        num_labels: `L`.
+        rngs: where parameters and dropout come from.
+        **options: of the model; all have `in_channels=3` and `dtype=None`, that of their arithmetic. `refine`, with
+            `refine_options` as a mapping, attaches a CRF: "convcrf" is `nn.ConvCRF`.
+
+    Returns:
+        The model, in training mode; its attribute `config` is what `training.save_model` stores.
+
+    Raises:
+        ValueError: if there is no such model or refinement.
+        TypeError: if the model has no such option.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> model = create("small_fcn", 11, width=8, rngs=nnx.Rngs(0))
+        >>> model(jnp.zeros((1, 45, 61, 3))).shape
+        (1, 45, 61, 11)
+    """
+    return ModelConfig.of(name, num_labels, **options).create(rngs)
+
+
+def names() -> tuple[str, ...]:
+    """The models that `create` knows.
+
+    Example:
+        >>> "small_fcn" in names()
+        True
+    """
+    return tuple(_MODELS)
+
+
+# Static attributes of a module must hash, so that mappings and lists become tuples that remember what they were.
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_frozen(v) for v in value)
+    if isinstance(value, dict):
+        return _Mapping(tuple(sorted((key, _frozen(v)) for key, v in value.items())))
+    return value
+
+
+def _thawed(value: Any) -> Any:
+    if isinstance(value, _Mapping):
+        return {key: _thawed(v) for key, v in value.items}
+    if isinstance(value, tuple):
+        return [_thawed(v) for v in value]
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mapping:
+    items: tuple[tuple[str, Any], ...]
