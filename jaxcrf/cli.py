@@ -1,10 +1,9 @@
-"""The command line: `jaxcrf refine`, `jaxcrf search`, `jaxcrf evaluate`, `jaxcrf demo` and `jaxcrf info`.
+"""The command line: `jaxcrf refine`, `search`, `train`, `evaluate`, `demo` and `info`.
 
 Results go to standard output, progress and complaints to standard error. Exit codes: 0 for success, 1 if
 some file could not be refined, 2 if the command line makes no sense, in which case nothing was written.
 """
 
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,8 @@ if TYPE_CHECKING:
     from jaxcrf.data import SegmentationFolder
     from jaxcrf.evaluation import Evaluation
     from jaxcrf.presets import Preset
-    from jaxcrf.training import Trial
+    from jaxcrf.training import Experiment, Trial
+    from jaxcrf.training.planning import Plan
 
 app = typer.Typer(
     help="Conditional random fields for dense labelling.",
@@ -440,6 +440,197 @@ def _name_files(message: str, files: Sequence[Sequence[Path]]) -> str:
 
 
 @app.command(no_args_is_help=True)
+def train(
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="CONFIG.py",
+            exists=True,
+            dir_okay=False,
+            help="A Python file with a function experiment(data, seed), which returns a jaxcrf.training.Experiment.",
+            show_default=False,
+        ),
+    ] = None,
+    experiment: Annotated[
+        str | None,
+        typer.Option(help="An experiment that comes with the package, instead of a file: camvid_unary."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of the data set.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the run: checkpoints, log, curves and, in the end, the model.", show_default=False
+        ),
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option(help="With --experiment, how large: cpu (default), gpu or smoke.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of parameters, order and augmentation.")] = 0,
+    devices: Annotated[
+        int | None,
+        typer.Option(min=1, help="Over how many devices batches are split; default: all there are."),
+    ] = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT|auto",
+            help="Run as one of several processes that meet there; auto asks the cluster, if JAX knows its kind.",
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="With --coordinator HOST:PORT, how many processes there are.")
+    ] = None,
+    process: Annotated[
+        int | None, typer.Option(min=0, help="With --coordinator HOST:PORT, which one this is, from 0.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print shapes, parameters, memory and arithmetic of a step, and train nothing."
+        ),
+    ] = False,
+) -> None:
+    """Train a model, or go on where an earlier run of the same experiment in the same folder stopped.
+
+    Interrupt it at will: the same command goes on, and ends with the very numbers of a run without interruption.
+    """
+    if (config is None) == (experiment is None):
+        _refuse("pass exactly one of CONFIG.py and --experiment: what is to be trained")
+    if scale is not None and experiment is None:
+        _refuse("--scale goes with --experiment; a CONFIG.py says itself how large it is")
+    if out is None and not dry_run:
+        _refuse("--out: say where checkpoints and the model go, or pass --dry-run")
+    if (coordinator is None or coordinator == "auto") and not (processes is None and process is None):
+        _refuse("--processes and --process go with --coordinator HOST:PORT")
+    if coordinator not in (None, "auto") and (processes is None or process is None):
+        _refuse("--coordinator HOST:PORT needs --processes and --process; or pass --coordinator auto")
+    if out is not None and not dry_run:
+        reason = _make_writable(out)
+        if reason:
+            _refuse(f"--out: {out} cannot be written to ({reason}); choose another folder")
+    if coordinator is not None:
+        import jax
+
+        known = {} if coordinator == "auto" else {"coordinator_address": coordinator}
+        jax.distributed.initialize(**known, num_processes=processes, process_id=process)  # type: ignore[arg-type]
+    _use_compilation_cache()
+    try:
+        from jaxcrf.training import save_model
+        from jaxcrf.training import train as run_experiment
+        from jaxcrf.training.planning import plan
+    except ImportError as error:
+        _refuse(f"training needs further packages ({error}); install jaxcrf[train]")
+    chosen = _read_experiment(config, experiment, data, seed, scale)
+    if dry_run:
+        try:
+            found = plan(chosen, num_devices=devices)
+        except (ValueError, OSError, RuntimeError) as error:
+            _complain(f"Error: {error}")
+            raise typer.Exit(1) from error
+        _print_plan(chosen, found)
+        return
+    assert out is not None
+    try:
+        run = run_experiment(chosen, out, num_devices=devices)
+        import jax
+
+        if jax.process_index() == 0:
+            save_model(
+                out / "model",
+                run.model,
+                label_names=chosen.label_names,
+                ignore_label=chosen.ignore_label,
+                figures=run.figures,
+                notes=f"Trained as the experiment {chosen.name}, {chosen.num_steps} steps.",
+                overwrite=True,
+            )
+    except KeyboardInterrupt as error:
+        _complain("interrupted; the same command goes on from the last checkpoint")
+        raise typer.Exit(130) from error
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        _complain(f"Error: {error}")
+        raise typer.Exit(1) from error
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in run.figures.items())
+    print(f"{chosen.num_steps} steps done{': ' if figures else ''}{figures}; the model is in {out / 'model'}")
+
+
+def _read_experiment(
+    config: Path | None, name: str | None, data: Path | None, seed: int, scale: str | None
+) -> "Experiment":
+    """The experiment of a file, or that of a name."""
+    from jaxcrf.training import Experiment
+    from jaxcrf.training.recipes import RECIPES
+
+    if name is not None:
+        if name not in RECIPES:
+            _refuse(f"--experiment: got {name!r}; expected one of {', '.join(RECIPES)}")
+        if data is None:
+            _refuse(f"--data: {name} needs the folder of its data set")
+        try:
+            return RECIPES[name](data, seed=seed, **({} if scale is None else {"scale": scale}))
+        except ValueError as error:
+            _refuse(str(error))
+    import runpy
+
+    try:
+        make = runpy.run_path(str(config)).get("experiment")
+        found = make(data, seed) if callable(make) else make
+    # Whatever the file raises is about the file.
+    except Exception as error:
+        _refuse(f"{config}: {type(error).__name__}: {error}")
+    if not isinstance(found, Experiment):
+        _refuse(
+            f"{config}: expected a function experiment(data, seed) that returns a jaxcrf.training.Experiment; got "
+            f"{'nothing of that name' if make is None else type(found).__name__}"
+        )
+    return found
+
+
+def _print_plan(experiment: "Experiment", found: "Plan") -> None:
+    """What a dry run found out, as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    facts = Table("what", "value", title=experiment.name)
+    for split, pipeline in experiment.data.items():
+        facts.add_row(f"examples, {split}", f"{len(pipeline.source):,}")
+    for array, shape in {**found.shapes, "logits": found.logits}.items():
+        facts.add_row(f"shape of {array}", " x ".join(map(str, shape)))
+    facts.add_row("devices", str(found.devices))
+    facts.add_row("steps", f"{found.num_steps:,}")
+    for part, count in found.params.items():
+        facts.add_row(f"parameters, {part}", f"{count:,}")
+    facts.add_row("parameters", f"{sum(found.params.values()):,}")
+    console.print(facts)
+    updates = Table(
+        "update", "trains", "state and batch, MiB", "while it runs, MiB", "Gflop", title="per device"
+    )
+    for name, entry in found.updates.items():
+        updates.add_row(
+            name,
+            f"{entry.trained:,}",
+            f"{entry.arguments / 2**20:.1f}",
+            f"{entry.temporaries / 2**20:.1f}",
+            "" if entry.operations is None else f"{entry.operations / 1e9:.1f}",
+        )
+    console.print(updates)
+    stages = Table("stage", "steps", "updates in turn", "data", title="stages")
+    for stage in experiment.stages[:20]:
+        stages.add_row(
+            stage.name,
+            f"{stage.num_steps:,}",
+            ", ".join(update.name for update in stage.updates),
+            stage.split,
+        )
+    if len(experiment.stages) > 20:
+        stages.add_row(f"and {len(experiment.stages) - 20} more", "", "", "")
+    console.print(stages)
+
+
+@app.command(no_args_is_help=True)
 def evaluate(
     data: Annotated[
         Path,
@@ -545,10 +736,7 @@ def evaluate(
     except ValueError as error:
         _refuse(f"--data: {error}")
     if limit is not None and limit < len(source):
-        chosen = [i * len(source) // limit for i in range(limit)]
-        fields = ("names", "image_paths", "label_paths")
-        every = {field: tuple(getattr(source, field)[i] for i in chosen) for field in fields}
-        source = dataclasses.replace(source, **every)  # type: ignore[arg-type]
+        source = source.subset(i * len(source) // limit for i in range(limit))
     if not len(source):
         _refuse(f"--data: {data} has no images in this split; choose another")
     num_labels = len(source.label_names)

@@ -20,7 +20,8 @@ class Network(nnx.Module):
     """Everything that has a state: parameters, batch normalisation, dropout."""
 
     def __init__(self, rngs, *, dropout=0.3, norm=True):
-        self.body = nnx.Conv(3, 6, (3, 3), rngs=rngs)
+        # Before a normalisation a bias has no gradient but rounding, which Adam would make steps of.
+        self.body = nnx.Conv(3, 6, (3, 3), use_bias=not norm, rngs=rngs)
         self.norm = nnx.BatchNorm(6, rngs=rngs) if norm else None
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         self.head = nnx.Conv(6, NUM_LABELS, (1, 1), rngs=rngs)
@@ -114,13 +115,17 @@ def assert_same(found: dict, expected: dict) -> None:
         np.testing.assert_array_equal(found[path], leaf, err_msg=path)
 
 
-def main() -> None:
-    """Trains in the folder that is given, and stores the last state beside the checkpoints."""
-    folder, repetitions = Path(sys.argv[1]), int(sys.argv[2])
+def main(folder: str, repetitions: str, *process: str) -> None:
+    """Trains in a folder, maybe as one of several processes, and stores the last state beside the checkpoints."""
+    if process:
+        address, count, index = process
+        jax.distributed.initialize(address, int(count), int(index))
     whole = experiment()
-    run = train(dataclasses.replace(whole, stages=whole.stages * repetitions), folder, progress=False)
-    np.savez(folder / "last.npz", **leaves_of(run))
+    stages = whole.stages * int(repetitions)
+    run = train(dataclasses.replace(whole, stages=stages), folder, progress=False)
+    if jax.process_index() == 0:
+        np.savez(Path(folder, "last.npz"), **leaves_of(run))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

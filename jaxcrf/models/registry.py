@@ -70,13 +70,22 @@ class ModelConfig:
         """
         options = {key: _thawed(value) for key, value in self.options}
         refine, refine_options = options.pop("refine", None), options.pop("refine_options", None) or {}
-        model: Any = _MODELS[self.name](self.num_labels, rngs=rngs, **options)
-        if refine is not None:
-            if refine not in REFINEMENTS:
-                raise ValueError(f"refine: got {refine!r}; expected None or one of {', '.join(REFINEMENTS)}")
-            model = Refined(model, REFINEMENTS[refine](self.num_labels, **refine_options))
-        elif refine_options:
+        if refine is not None and refine not in REFINEMENTS:
+            raise ValueError(f"refine: got {refine!r}; expected None or one of {', '.join(REFINEMENTS)}")
+        if refine is None and refine_options:
             raise ValueError("refine_options: goes with refine; name the CRF that they are for")
+
+        # Compiled as one program: operation by operation, the initialisation of a large model takes many times as long.
+        @nnx.jit
+        def make(rngs: nnx.Rngs) -> Any:
+            model = _MODELS[self.name](self.num_labels, rngs=rngs, **options)
+            return (
+                model
+                if refine is None
+                else Refined(model, REFINEMENTS[refine](self.num_labels, **refine_options))
+            )
+
+        model = make(rngs)
         model.config = self
         return model
 

@@ -129,9 +129,8 @@ class Experiment:
 
     def create(self) -> nnx.Module:
         """The model before training, made from `seed`."""
-        make = self.model.create if isinstance(self.model, ModelConfig) else self.model
-        # Under jit, because initialising a large model operation by operation takes many times as long.
-        model = nnx.jit(lambda: make(nnx.Rngs(self.seed)))()
+        make = self.model.create if isinstance(self.model, ModelConfig) else nnx.jit(self.model)
+        model = make(nnx.Rngs(self.seed))
         return model if self.initial is None else _with_initial(model, self.initial)
 
     def description(self) -> dict[str, Any]:

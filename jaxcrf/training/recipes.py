@@ -195,7 +195,7 @@ def camvid_splits(
     count = min(_HELD_OUT, len(train) // 2)
     chosen = set(hash_order(train.names, 0)[:count])
     rest, held_out = (
-        _subset(train, [i for i, name in enumerate(train.names) if (name in chosen) == wanted])
+        train.subset(i for i, name in enumerate(train.names) if (name in chosen) == wanted)
         for wanted in (False, True)
     )
     return rest, held_out, val
@@ -211,14 +211,6 @@ def _scale(scale: str | Scale) -> Scale:
     if scale not in SCALES:
         raise ValueError(f"scale: got {scale!r}; expected one of {', '.join(SCALES)}")
     return SCALES[scale]
-
-
-def _subset(folder: SegmentationFolder, indices: list[int]) -> SegmentationFolder:
-    chosen: dict[str, Any] = {
-        field: tuple(getattr(folder, field)[i] for i in indices)
-        for field in ("names", "image_paths", "label_paths")
-    }
-    return dataclasses.replace(folder, **chosen)
 
 
 def _shape(folder: SegmentationFolder) -> tuple[int, int]:

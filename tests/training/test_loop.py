@@ -169,7 +169,7 @@ def test_plans_say_what_is_needed():
     found = plan(experiment())
     assert found.shapes == {"image": (4, *SIZE, 3), "labels": (4, *SIZE)}
     assert found.logits == (4, *SIZE, 3)
-    sizes = {"body": 3 * 3 * 3 * 6 + 6, "norm": 12, "head": 6 * 3 + 3}
+    sizes = {"body": 3 * 3 * 3 * 6, "norm": 12, "head": 6 * 3 + 3}
     assert found.params == sizes
     assert found.updates["body"].trained == sizes["body"] + sizes["norm"]
     assert found.updates["everything"].trained == sum(sizes.values())

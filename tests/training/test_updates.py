@@ -39,8 +39,9 @@ def test_names_give_the_arrays_back():
     model = Network(nnx.Rngs(0))
     definition, params, variables = split(model)
     assert set(named_leaves(params)) == {
-        f"{layer}/{leaf}" for layer in ("body", "head") for leaf in ("kernel", "bias")
-    } | {"norm/scale", "norm/bias"}
+        *("body/kernel", "head/kernel", "head/bias"),
+        *("norm/scale", "norm/bias"),
+    }
     assert "dropout/rngs/key" in named_leaves(variables)
     doubled = with_leaves(params, {path: 2 * leaf for path, leaf in named_leaves(params).items()})
     merged = nnx.merge(definition, doubled, variables)

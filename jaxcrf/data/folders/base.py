@@ -110,13 +110,18 @@ class SegmentationFolder:
     def __getitem__(self, index: slice) -> "SegmentationFolder": ...
     def __getitem__(self, index: int | slice) -> "Example | SegmentationFolder":
         if isinstance(index, slice):
-            return dataclasses.replace(
-                self,
-                names=self.names[index],
-                image_paths=self.image_paths[index],
-                label_paths=self.label_paths[index],
-            )
+            return self.subset(range(len(self))[index])
         return self._read(operator.index(index))
+
+    def subset(self, indices: Iterable[int]) -> "SegmentationFolder":
+        """A folder of these examples, in this order."""
+        chosen = tuple(indices)
+        return dataclasses.replace(
+            self,
+            names=tuple(self.names[i] for i in chosen),
+            image_paths=tuple(self.image_paths[i] for i in chosen),
+            label_paths=tuple(self.label_paths[i] for i in chosen),
+        )
 
     def _read(self, index: int) -> Example:
         image_path, label_path = self.image_paths[index], self.label_paths[index]
