@@ -136,6 +136,14 @@ _PRESETS = {
         unary_weight=0.8,
         normalization="none",
     ),
+    "convcrf_trainable": Preset(
+        summary="a start for learning: kernels that are averages and weigh as much as the unary; 7×7 at blur 4",
+        position_weight=1.0,
+        bilateral_weight=1.0,
+        bilateral_position_bandwidth=4.7,
+        bilateral_color_bandwidth=15.6,
+        filter_size=7,
+    ),
     "densecrf": Preset(summary="3/3; 80,13/10; 5 iterations: the fully connected CRF's usual demonstration"),
     "densecrf_deeplab_v2": Preset(
         summary="1/3; 67,3/4; 10 iterations: DeepLab-v2 scripts",

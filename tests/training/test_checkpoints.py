@@ -156,7 +156,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_half_of_nothing(tmp_path)
 
 @pytest.fixture(scope="module")
 def model():
-    return models.create("small_fcn", 3, width=8, blocks=[1, 0, 1], rngs=nnx.Rngs(0))
+    return models.create("small_fcn", 3, width=4, blocks=[0, 0, 0], rngs=nnx.Rngs(0))
 
 
 def test_models_are_saved_with_all_that_is_known(tmp_path, model):

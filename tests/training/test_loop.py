@@ -24,9 +24,6 @@ from training_suite import (
     leaves_of,
 )
 
-# All runs that are compared bit for bit are compiled alike, that of the module's fixture included.
-pytestmark = pytest.mark.optimized
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
@@ -34,6 +31,7 @@ def whole(tmp_path_factory):
     return train(experiment(), folder, progress=False), folder
 
 
+@pytest.mark.optimized
 def test_a_run_leaves_a_log_curves_and_a_model(whole):
     run, folder = whole
     rows = read_log(folder / "log.jsonl")
@@ -69,6 +67,8 @@ class Interrupting(Squares):
         return super().__getitem__(index)
 
 
+# Runs that are compared bit for bit are compiled alike, that of the module's fixture included.
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
 )
@@ -93,6 +93,7 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path, whole, number, raised):
     assert [row["step"] for row in rows if "loss" in row] == [3, 6, 7, 9, 12]
 
 
+@pytest.mark.optimized
 def test_a_finished_run_only_evaluates(whole):
     run, folder = whole
     again = train(experiment(), folder, progress=False)
@@ -133,10 +134,10 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path):
 
 
 def test_arrays_of_another_run_to_begin_with(tmp_path):
-    config = ModelConfig.of("small_fcn", 3, width=8)
-    trained = config.create(nnx.Rngs(7))
+    options = {"width": 4, "blocks": [0, 0, 0]}
+    trained = ModelConfig.of("small_fcn", 3, **options).create(nnx.Rngs(7))
     save_model(tmp_path / "model", trained)
-    begun = experiment(model=ModelConfig.of("small_fcn", 4, width=8), initial=tmp_path / "model").create()
+    begun = experiment(model=ModelConfig.of("small_fcn", 4, **options), initial=tmp_path / "model").create()
     np.testing.assert_array_equal(begun.stem.convolution.kernel[...], trained.stem.convolution.kernel[...])
     assert begun.classifier.kernel.shape[-1] == 4
     with pytest.raises(ValueError, match=r"initial: .* has no array"):
@@ -178,8 +179,10 @@ def test_plans_say_what_is_needed():
     assert found.num_steps == 12
 
 
+@pytest.mark.slow
 def test_losses_of_a_network_with_a_crf():
-    config = ModelConfig.of("small_fcn", 3, width=8, refine="convcrf")
+    crf = {"refine": "convcrf", "refine_options": {"num_iterations": 1}}
+    config = ModelConfig.of("small_fcn", 3, width=4, blocks=[0, 0, 0], **crf)
     pipeline = Pipeline(Squares(), batch_size=2, size=SIZE)
     unary = Update("unary", objectives.unary(), optax.adam(1e-2), trainable=("unary/*",))
     joint = Update("joint", objectives.joint(auxiliary_weight=0.5), optax.adam(1e-2))
