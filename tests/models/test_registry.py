@@ -20,7 +20,9 @@ def name(request):
     return request.param
 
 
-@pytest.mark.parametrize("shape", [(1, 17, 23), (2, 48, 64), (5, 7), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(1, 17, 23), pytest.param((2, 48, 64), marks=pytest.mark.slow), (5, 7), (1, 1, 1)]
+)
 def test_any_size_goes_in_and_comes_out(name, shape):
     model = make(name)
     model.eval()
@@ -29,6 +31,7 @@ def test_any_size_goes_in_and_comes_out(name, shape):
     assert model(batch).shape == (*batch.shape[:-1], 3)
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same(name):
     model = make(name)
     model.eval()
@@ -37,7 +40,7 @@ def test_compiled_it_is_the_same(name):
     np.testing.assert_allclose(nnx.jit(lambda m, x: m(x))(model, images), model(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("refine", [None, "convcrf"])
+@pytest.mark.parametrize("refine", [pytest.param(None, marks=pytest.mark.slow), "convcrf"])
 def test_gradients_reach_every_parameter(name, refine):
     options = {"trainable_compatibility": True, "trainable_features": True, "image_shape": [24, 32]}
     model = make(name, refine=refine, refine_options=options if refine else None, dropout=0.0)
@@ -55,6 +58,7 @@ def test_gradients_reach_every_parameter(name, refine):
         assert np.any(np.asarray(leaf) != 0), path
 
 
+@pytest.mark.slow
 def test_half_precision(name):
     model = make(name, dtype="bfloat16")
     assert model(np.zeros((1, 16, 24, 3), np.uint8)).dtype == jnp.bfloat16
@@ -69,6 +73,7 @@ def test_other_channels(name):
         model(np.zeros((1, 16, 24, 3), np.uint8))
 
 
+@pytest.mark.slow
 def test_a_reduced_image_is_averaged_first():
     whole, reduced = make("small_fcn"), make("small_fcn", reduction=2)
     for model in (whole, reduced):

@@ -1,10 +1,6 @@
 import dataclasses
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -26,6 +22,7 @@ from jaxcrf.training import (
     save_model,
     with_optimizers,
 )
+from processes import run_program
 from training_suite import Network, assert_same, cross_entropy, draw_batch, leaves_of
 
 UPDATE = Update("all", cross_entropy, optax.adam(0.1))
@@ -90,29 +87,38 @@ def test_another_model_is_refused_with_what_differs(tmp_path, states):
             checkpoints.restore(1, dataclasses.replace(shaped, params=params))
 
 
-def test_damaged_and_unfinished_checkpoints(tmp_path, states):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, states[0])
-        checkpoints.save(2, states[1])
-    # What a process that was killed leaves behind does not count.
-    shutil.copytree(tmp_path / "step_2", tmp_path / "step_3.orbax-checkpoint-tmp-17")
-    (folder,) = (tmp_path / "step_2" / "state").glob("ocdbt.process_*")
-    for path in [*folder.glob("d/*"), *(tmp_path / "step_2" / "state").glob("d/*")]:
-        path.write_bytes(b"")
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest == 2
-        with pytest.raises(ValueError, match=r"step 2 cannot be read.*Delete its folder"):
-            checkpoints.restore(2, fresh())
-        assert_same(flat(checkpoints.restore(1, fresh())), flat(states[0]))
+# In processes of their own, since what Orbax leaves open when it fails is noticed at any time afterwards.
+DAMAGED = """
+import shutil, sys
+from pathlib import Path
+from flax import nnx
+from training_suite import Network, assert_same, leaves_of
+from jaxcrf.training import Checkpoints, Run, Template, init_state
 
+folder = Path(sys.argv[1])
+state, fresh = (init_state(Template(Network(nnx.Rngs(seed)))) for seed in range(2))
+with Checkpoints(folder) as checkpoints:
+    checkpoints.save(1, state)
+    checkpoints.save(2, state)
+# What a process that was killed leaves behind does not count.
+shutil.copytree(folder / "step_2", folder / "step_3.orbax-checkpoint-tmp-17")
+for path in (folder / "step_2" / "state").rglob("d/*"):
+    path.write_bytes(b"")
+with Checkpoints(folder) as checkpoints:
+    print("latest:", checkpoints.latest)
+    try:
+        checkpoints.restore(2, fresh)
+    except ValueError as error:
+        print("refused:", error)
+    restored = checkpoints.restore(1, fresh)
+    assert_same(leaves_of(Run(None, restored, [], {})), leaves_of(Run(None, state, [], {})))
+    print("the one before is sound", flush=True)
+"""
 
-# In a process of its own, since what Orbax leaves open when it fails is noticed only as Python ends.
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from flax import nnx
-
-import training_suite
 from training_suite import Network
 from jaxcrf.training import Checkpoints, Template, init_state, save_model
 
@@ -132,21 +138,33 @@ with Checkpoints(folder / "checkpoints") as checkpoints:
     try:
         save_model(folder / "model", model)
     except Exception as error:
-        print("no model:", type(error).__name__)
+        print("no model:", type(error).__name__, flush=True)
 """
 
 
+def run(program, folder):
+    suite = str(Path(training_suite.__file__).parent)
+    # Without bytecode: under a limit on the size of files, Python would leave cut-off files beside the sources.
+    options = {"PYTHONPATH": suite, "PYTHONWARNINGS": "ignore", "PYTHONDONTWRITEBYTECODE": "1"}
+    outcome = run_program(program, folder, str(folder), **options)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    return outcome.stdout
+
+
+def test_damaged_and_unfinished_checkpoints(tmp_path):
+    said = run(DAMAGED, tmp_path / "checkpoints")
+    assert "latest: 2" in said
+    assert re.search(r"refused: .*step 2 cannot be read.*Delete its folder", said)
+    assert "the one before is sound" in said
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_half_of_nothing(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(Path(training_suite.__file__).parent)},
-    )
-    assert re.search("refused: .*could not be written .*those of the steps 1 are whole", done.stdout)
-    assert "no model: " in done.stdout
-    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoints"]
+    said = run(FULL_DISK, tmp_path)
+    assert re.search(r"refused: .*could not be written .*those of the steps 1 are whole", said)
+    assert "no model: " in said
+    assert [entry.name for entry in tmp_path.iterdir() if not entry.name.startswith(".cache")] == [
+        "checkpoints"
+    ]
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.steps == (1,)
         template = Template(Network(nnx.Rngs(1)))

@@ -70,7 +70,8 @@ class Interrupting(Squares):
 # Runs that are compared bit for bit are compiled alike, that of the module's fixture included.
 @pytest.mark.optimized
 @pytest.mark.parametrize(
-    ("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+    ("number", "raised"),
+    [(signal.SIGTERM, SystemExit), pytest.param(signal.SIGINT, KeyboardInterrupt, marks=pytest.mark.slow)],
 )
 def test_an_interrupted_run_goes_on_exactly(tmp_path, whole, number, raised):
     original = experiment()

@@ -53,9 +53,10 @@ def uninterrupted(tmp_path_factory):
     return last_state(folder), cache, time.monotonic() - began
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(tmp_path, uninterrupted, kills):
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(tmp_path, uninterrupted):
     expected, cache, duration = uninterrupted
+    kills = int(os.environ.get("JAXCRF_KILLS", "2"))
     moments = random.Random(kills)
     killed, round_number = 0, 0
     folder = tmp_path / "0"
@@ -80,6 +81,7 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(tmp_path, u
     assert all(name.removeprefix("step_").isdigit() for name in names), names
 
 
+@pytest.mark.slow
 def test_two_processes_are_two_devices(tmp_path, uninterrupted):
     _, cache, _ = uninterrupted
     with socket.socket() as probe:
@@ -141,6 +143,7 @@ print("eight devices, two and one agree")
 """
 
 
+@pytest.mark.slow
 def test_states_move_between_numbers_of_devices(tmp_path):
     outcome = run_program(DEVICES, tmp_path, str(tmp_path / "run"), devices=8, PYTHONPATH=str(SUITE.parent))
     assert last_line(outcome) == "eight devices, two and one agree"
