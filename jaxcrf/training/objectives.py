@@ -21,6 +21,8 @@ def segmentation(loss: Callable[..., Array] = cross_entropy, *, subsample: int =
         A loss function for an `Update`.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
         >>> from jaxcrf import models
         >>> model = models.create("small_fcn", 3, width=8, rngs=nnx.Rngs(0))
         >>> batch = {"image": jnp.zeros((1, 16, 24, 3)), "labels": jnp.zeros((1, 16, 24), int)}
@@ -43,6 +45,8 @@ def unary(loss: Callable[..., Array] = cross_entropy, *, subsample: int = 1, **o
     The arguments are those of `segmentation`.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
         >>> from jaxcrf import models
         >>> model = models.create("small_fcn", 3, width=8, refine="convcrf", rngs=nnx.Rngs(0))
         >>> batch = {"image": jnp.zeros((1, 16, 24, 3)), "labels": jnp.zeros((1, 16, 24), int)}
@@ -69,6 +73,8 @@ def joint(*, auxiliary_weight: float = 1.0, subsample: int = 1, **options: Any) 
         A loss function for an `Update` of a model with `with_unary`, as `models.Refined`.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
         >>> from jaxcrf import models
         >>> model = models.create("small_fcn", 3, width=8, refine="convcrf", rngs=nnx.Rngs(0))
         >>> batch = {"image": jnp.zeros((1, 16, 24, 3)), "labels": jnp.zeros((1, 16, 24), int)}

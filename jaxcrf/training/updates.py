@@ -91,6 +91,7 @@ def scale_by_path(factors: Mapping[str, float]) -> optax.GradientTransformation:
         ValueError: at `init`, if a pattern matches no parameter.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> params = {"body/kernel": jnp.ones(2), "head/kernel": jnp.ones(2)}
         >>> transformation = optax.chain(optax.sgd(0.5), scale_by_path({"head/*": 10.0}))
         >>> updates, _ = transformation.update(params, transformation.init(params), params)
@@ -164,6 +165,7 @@ def with_leaves(state: Any, leaves: Mapping[str, Array]) -> Any:
 
     Example:
         >>> _, state = nnx.split(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+        >>> import jax.numpy as jnp
         >>> with_leaves(state, {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)})["bias"][...]
         Array([1., 1., 1.], dtype=float32)
     """
