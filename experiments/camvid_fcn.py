@@ -149,7 +149,8 @@ def main(arguments: list[str] | None = None) -> None:
         reporting.write_json(args.out / "camvid_fcn.json", results)
         with replacing(args.out / "camvid_fcn.md") as file:
             file.write(table(rows).encode())
-        plots.save_figure(plots.training_curves(last["unary"].rows), args.out / "camvid_fcn_curves.png")
+        curves = plots.training_curves(last["unary"].rows, names=("loss", "mean_iou"))
+        plots.save_figure(curves, args.out / "camvid_fcn_curves.png")
         columns = pictures(val, predict(unary.unary), predict(last["convcrf+CT"].model), 4)
         figure = plots.segmentation_grid(columns, label_names=val.source.label_names)
         plots.save_figure(figure, args.out / "camvid_fcn.png")
