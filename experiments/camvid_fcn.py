@@ -179,7 +179,7 @@ def parse(arguments: list[str] | None) -> Iterator[argparse.Namespace]:
             Path(folder, "camvid"),
             Path(folder, "runs"),
             "smoke",
-            2,
+            1,
         )
         args.variants = ("convcrf+CT",)  # whether it runs: the others are parts of it
         for split in ("train", "val"):
