@@ -18,14 +18,13 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax import Array
 
 from jaxcrf.data.images import replacing
 from jaxcrf.training.steps import TrainState
-from jaxcrf.training.updates import named_leaves, split, with_leaves
+from jaxcrf.training.updates import is_key, named_leaves, split, with_leaves
 
 _DESCRIPTION = "model.json"
 _CARD = "README.md"
@@ -455,19 +454,15 @@ def _optimizer_leaves(optimizers: Mapping[str, Any]) -> dict[str, Array]:
     }
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _to_data(leaves: Mapping[str, Array]) -> dict[str, Array]:
     """Random keys as the integers they consist of."""
-    return {path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves.items()}
+    return {path: jax.random.key_data(leaf) if is_key(leaf) else leaf for path, leaf in leaves.items()}
 
 
 def _from_data(like: Mapping[str, Array], data: Mapping[str, Array]) -> dict[str, Array]:
     return {
         path: jax.random.wrap_key_data(data[path], impl=jax.random.key_impl(leaf))
-        if _is_key(leaf)
+        if is_key(leaf)
         else data[path]
         for path, leaf in like.items()
     }

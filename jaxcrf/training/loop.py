@@ -36,7 +36,7 @@ from jaxcrf.training.steps import (
     replicate,
     with_optimizers,
 )
-from jaxcrf.training.updates import Batch, Update, named_leaves, select, with_leaves
+from jaxcrf.training.updates import Batch, Update, named_leaves, with_leaves
 
 # Reports are read that many steps late, so that the device never waits for the host.
 _LAG = 2
@@ -254,8 +254,7 @@ def train(
     interruption.leave()
     if folder is not None and first:
         _draw_curves(log.rows, folder / "curves.png")
-    leaves = loop.state.params if loop.state.average is None else loop.state.average
-    model = template.build(_on_host(leaves), _on_host(loop.state.variables))
+    model = template.build(_on_host(loop.state.evaluated), _on_host(loop.state.variables))
     return Run(model, loop.state, log.rows, loop.figures)
 
 
@@ -387,7 +386,7 @@ class _Loop:
             step, update, batch, report = self._pending.popleft()
             if not bool(report.finite):
                 self._stop(step, update, batch, report)
-            self._window.add(update, report, batch["labels"].shape[0])
+            self._window.add(report, batch["labels"].shape[0])
 
     def _after(self, done: int, stage: Stage, ends_stage: bool, ends: bool) -> None:
         """What is due between two steps."""
@@ -422,7 +421,7 @@ class _Loop:
         if self._predict is None:
             self._predict = make_predict(self._template, mesh=self._mesh)
         predict = self._predict
-        params = self.state.params if self.state.average is None else self.state.average
+        params = self.state.evaluated
         variables, split = self.state.variables, self._experiment.validation
         assert split is not None
         return evaluate_pipeline(
@@ -474,7 +473,7 @@ class _Window:
         self._confusion: np.ndarray | None = None
         self._sums: collections.defaultdict[str, list[float]] = collections.defaultdict(list)
 
-    def add(self, update: Update, report: Report, images: int) -> None:
+    def add(self, report: Report, images: int) -> None:
         self._images += images
         self._sums["loss"].append(float(report.loss))
         self._sums["gradient_norm"].append(float(report.gradient_norm))
@@ -628,7 +627,6 @@ def _begin(
     state = init_state(template, average=experiment.average_decay is not None)
     # Every update's patterns are looked at now, so that a misspelt one does not end a run after hours.
     for update in {u.name: u for stage in experiment.stages for u in stage.updates}.values():
-        select(state.params, update.trainable)
         with_optimizers(state, {update.name: update})
     done = None if checkpoints is None else checkpoints.latest
     if done is None or checkpoints is None:

@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxcrf.metrics import confusion_matrix
-from jaxcrf.training.updates import Batch, Outcome, Update, named_leaves, select, split, with_leaves
+from jaxcrf.training.updates import Batch, Outcome, Update, is_key, named_leaves, select, split, with_leaves
 
 DATA_AXIS = "data"
 
@@ -38,6 +38,11 @@ class TrainState:
     optimizers: dict[str, Any]
     average: dict[str, Array] | None
     failed: Array
+
+    @property
+    def evaluated(self) -> dict[str, Array]:
+        """The parameters that are evaluated and handed on: the average where one is kept."""
+        return self.params if self.average is None else self.average
 
 
 class Report(NamedTuple):
@@ -288,7 +293,7 @@ def make_step(
         shares = counts / jnp.maximum(lax.psum(counts.sum(), DATA_AXIS), 1)
 
         here = lax.axis_index(DATA_AXIS)
-        keys = {path: leaf for path, leaf in variables.items() if _is_key(leaf)}
+        keys = {path: leaf for path, leaf in variables.items() if is_key(leaf)}
         variables = variables | {path: jax.random.fold_in(key, here) for path, key in keys.items()}
         differentiated = jax.value_and_grad(compute, has_aux=True)
 
@@ -430,7 +435,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
         return jax.device_put(tree, sharding)
 
     def put(leaf: Any) -> Array:
-        if _is_key(leaf):
+        if is_key(leaf):
             data = put(jax.random.key_data(leaf))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
         leaf = np.asarray(leaf)
@@ -441,10 +446,6 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 def _chosen(params: Mapping[str, Array], update: Update) -> dict[str, Array]:
     return {path: params[path] for path in select(params, update.trainable)}
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _cast(params: Mapping[str, Array], dtype: Any) -> dict[str, Array]:

@@ -172,6 +172,16 @@ def with_leaves(state: Any, leaves: Mapping[str, Array]) -> Any:
     return jax.tree.map_with_path(lambda path, _: leaves[_name(path)], state)
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether an array holds random keys, which are stored as the integers they consist of.
+
+    Example:
+        >>> is_key(jax.random.key(0)), is_key(jax.random.key_data(jax.random.key(0)))
+        (True, False)
+    """
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def _name(path: tuple[Any, ...]) -> str:
     keys = (getattr(key, "key", getattr(key, "name", None)) for key in path)
     # The last key is a Variable's own attribute, which holds its array.
