@@ -27,24 +27,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from convcrf_synthetic import find_data, write_demonstration_folder
-from flax import nnx
+from training_tables import predict, summarise, table
 
 from jaxcrf import plots, reporting
 from jaxcrf.data import Pipeline
 from jaxcrf.data.images import replacing
 from jaxcrf.training import Run, evaluate_pipeline, recipes, train
-
-FIGURES = ("mean_iou", "pixel_accuracy", "class_accuracy")
-
-
-def predict(module: nnx.Module) -> Any:
-    """A compiled function of images to logits."""
-    definition, state = nnx.split(module)
-    run = jax.jit(lambda state, images: nnx.merge(definition, state)(images))
-    return lambda images: run(state, images)
 
 
 def evaluate_seed(args: argparse.Namespace, seed: int) -> tuple[dict[str, dict[str, float]], dict[str, Run]]:
@@ -63,46 +53,6 @@ def evaluate_seed(args: argparse.Namespace, seed: int) -> tuple[dict[str, dict[s
         runs[variant] = train(tuned, folder / variant)
         figures[variant] = runs[variant].figures
     return figures, runs
-
-
-def summarise(seeds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, Any]]:
-    """Mean and spread of every row, and of its gain over the unary of the same seed."""
-    rows = {}
-    for row in seeds[0]:
-        rows[row] = {
-            figure: {
-                "mean": float(np.mean(values)),
-                "spread": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-                "seeds": values,
-            }
-            for figure in FIGURES
-            for values in [[seed[row][figure] for seed in seeds]]
-        }
-        gains = [seed[row]["mean_iou"] - seed["unary"]["mean_iou"] for seed in seeds]
-        rows[row]["gain"] = {
-            "mean": float(np.mean(gains)),
-            "spread": float(np.std(gains, ddof=1)) if len(gains) > 1 else None,
-            "seeds": gains,
-        }
-    return rows
-
-
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The rows in Markdown, in percent, mean ± standard deviation over seeds."""
-
-    def cell(entry: dict[str, Any], sign: str = "") -> str:
-        spread = "" if entry["spread"] is None else f" ± {100 * entry['spread']:.2f}"
-        return f"{100 * entry['mean']:{sign}.2f}{spread}"
-
-    lines = ["| | mIoU | gain | pixel accuracy | class accuracy |", "|---|---|---|---|---|"]
-    for name, row in rows.items():
-        cells = [
-            cell(row["mean_iou"]),
-            cell(row["gain"], "+"),
-            *(cell(row[figure]) for figure in FIGURES[1:]),
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
 def pictures(val: Pipeline, unary: Any, refined: Any, count: int) -> dict[str, list[np.ndarray]]:

@@ -1,20 +1,14 @@
 """A network and the CRF on top of it."""
 
-from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Num
 
-from jaxcrf.nn import ConvCRF
-
-# What `create(…, refine=…)` attaches; every entry takes `num_labels` and its own options.
-REFINEMENTS: dict[str, Callable[..., nnx.Module]] = {"convcrf": ConvCRF}
-
 
 class Refined(nnx.Module):
-    """A unary network, refined by a CRF: logits in, logits out.
+    """A unary network, refined by a CRF on the image: logits in, logits out.
 
     Its parameters are `unary/…` and `crf/…`, which is what training protocols go by.
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import functools
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,12 +11,52 @@ from typing import Any
 from flax import nnx
 
 from jaxcrf import _checks
-from jaxcrf.models.refined import REFINEMENTS, Refined
+from jaxcrf.models.deeplab import DeepLab, DeepLabV2
+from jaxcrf.models.refined import Refined
+from jaxcrf.models.resnet import ResNetFCN
 from jaxcrf.models.small_fcn import SmallFCN
+from jaxcrf.models.vgg import VGG16FCN
+from jaxcrf.nn import ConvCRF
 
-# Every entry takes `num_labels, *, in_channels, dtype, rngs` and its own options.
-_MODELS: dict[str, Callable[..., nnx.Module]] = {
+# Networks by themselves; every entry takes `num_labels, *, in_channels, dtype, rngs` and its own options.
+_NETWORKS: dict[str, Callable[..., nnx.Module]] = {
     "small_fcn": SmallFCN,
+    "vgg16_fcn": VGG16FCN,
+    "resnet50_fcn": functools.partial(ResNetFCN, depth=50),
+    "resnet101_fcn": functools.partial(ResNetFCN, depth=101),
+    "deeplab": functools.partial(DeepLab, kernel_size=4, rate=4, hidden_channels=4096),
+    "deeplab_4x4": functools.partial(DeepLab, kernel_size=4, rate=8, hidden_channels=4096),
+    "deeplab_7x7": functools.partial(DeepLab, kernel_size=7, rate=4, hidden_channels=4096),
+    "deeplab_largefov": DeepLab,
+    "deeplab_msc": functools.partial(DeepLab, kernel_size=4, rate=4, hidden_channels=4096, multi_scale=True),
+    "deeplab_msc_largefov": functools.partial(DeepLab, multi_scale=True),
+    "deeplab_v2": DeepLabV2,
+}
+
+
+def _convcrf(
+    unary: Any, num_labels: int, *, in_channels: int, dtype: Any, rngs: nnx.Rngs, **options: Any
+) -> Any:
+    return Refined(unary, ConvCRF(num_labels, **options))
+
+
+# CRFs that `create(…, refine=…)` puts on a network: called with it and what it was made with.
+_REFINEMENTS: dict[str, Callable[..., nnx.Module]] = {
+    "convcrf": _convcrf,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Composite:
+    """A name for a network with a CRF, whose options are `crf_options`."""
+
+    unary: str
+    refine: str
+    crf_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_COMPOSITES = {
+    "convcrf": _Composite("resnet101_fcn", "convcrf"),
 }
 
 
@@ -45,11 +87,11 @@ class ModelConfig:
             ValueError: if there is no such model.
             TypeError: if an option is not a number, string, None, or a sequence of those.
         """
-        if name not in _MODELS:
-            near = difflib.get_close_matches(name, _MODELS, n=1)
+        if name not in names():
+            near = difflib.get_close_matches(str(name), names(), n=1)
             raise ValueError(
                 f"name: got {name!r}{f', did you mean {near[0]!r}?' if near else ''}; the models are "
-                f"{', '.join(_MODELS)}"
+                f"{', '.join(names())}"
             )
         frozen = []
         for key, value in sorted(options.items()):
@@ -70,20 +112,32 @@ class ModelConfig:
         """
         options = {key: _thawed(value) for key, value in self.options}
         refine, refine_options = options.pop("refine", None), options.pop("refine_options", None) or {}
-        if refine is not None and refine not in REFINEMENTS:
-            raise ValueError(f"refine: got {refine!r}; expected None or one of {', '.join(REFINEMENTS)}")
+        if refine is not None and refine not in _REFINEMENTS:
+            near = difflib.get_close_matches(str(refine), _REFINEMENTS, n=1)
+            raise ValueError(
+                f"refine: got {refine!r}{f', did you mean {near[0]!r}?' if near else ''}; expected None or one of "
+                f"{', '.join(_REFINEMENTS)}"
+            )
         if refine is None and refine_options:
             raise ValueError("refine_options: goes with refine; name the CRF that they are for")
+        crfs = [] if refine is None else [(refine, refine_options)]
+        network = self.name
+        if self.name in _COMPOSITES:
+            composite = _COMPOSITES[self.name]
+            network = composite.unary
+            crfs.insert(
+                0, (composite.refine, {**composite.crf_options, **(options.pop("crf_options", None) or {})})
+            )
+        _check_options(self.name, _NETWORKS[network], options)
+        common = {"in_channels": options.get("in_channels", 3), "dtype": options.get("dtype")}
 
         # Compiled as one program: operation by operation, the initialisation of a large model takes many times as long.
         @nnx.jit
         def make(rngs: nnx.Rngs) -> Any:
-            model = _MODELS[self.name](self.num_labels, rngs=rngs, **options)
-            return (
-                model
-                if refine is None
-                else Refined(model, REFINEMENTS[refine](self.num_labels, **refine_options))
-            )
+            model = _NETWORKS[network](self.num_labels, rngs=rngs, **options)
+            for crf, crf_options in crfs:
+                model = _REFINEMENTS[crf](model, self.num_labels, rngs=rngs, **common, **crf_options)
+            return model
 
         model = make(rngs)
         model.config = self
@@ -137,7 +191,21 @@ def names() -> tuple[str, ...]:
         >>> "small_fcn" in names()
         True
     """
-    return tuple(_MODELS)
+    return (*_NETWORKS, *_COMPOSITES)
+
+
+def _check_options(name: str, network: Callable[..., nnx.Module], options: Mapping[str, Any]) -> None:
+    """Raises if a network has no such option."""
+    made: Any = getattr(network, "func", network)
+    # Of the constructor itself: the class's own is that of Flax's metaclass, which takes anything.
+    known = set(inspect.signature(made.__init__).parameters) - {"self", "num_labels", "rngs"}
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            raise TypeError(
+                f"{option}: {name!r} has no such option{f', did you mean {near[0]!r}?' if near else ''}; it has "
+                f"{', '.join(sorted(known))}"
+            )
 
 
 # Static attributes of a module must hash, so that mappings and lists become tuples that remember what they were.

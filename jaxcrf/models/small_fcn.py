@@ -1,20 +1,21 @@
 """A small fully convolutional network that is trained from scratch, on a laptop if need be."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Num
 
 from jaxcrf.filters.resampling import average_pool, bilinear_upsample
+from jaxcrf.models.network import Network, check_images
 
 # Rough moments of photographs in 0 … 255, per colour channel.
 _MEAN, _SCALE = 115.0, 70.0
 
 
-class SmallFCN(nnx.Module):
+class SmallFCN(Network):
     r"""A residual encoder of four scales, whose features are fused from coarse to fine.
 
     The image is first averaged over `reduction × reduction` pixels. Of the reduced image, strided convolutions
@@ -58,8 +59,8 @@ class SmallFCN(nnx.Module):
     ):
         if reduction < 1:
             raise ValueError(f"reduction: got {reduction}; expected a whole number of at least 1")
+        super().__init__(num_labels, in_channels, 4 * reduction)
         self._reduction = reduction
-        self._in_channels = in_channels
         widths = (width, 2 * width, 3 * width)
         options = {"dtype": dtype, "rngs": rngs}
         self.stem = _Normalized(in_channels, width // 2, strides=2, kernel_size=5, **options)
@@ -80,23 +81,12 @@ class SmallFCN(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         self.classifier = nnx.Conv(width, num_labels, (1, 1), **options)
 
-    def __call__(
+    def scores(
         self, images: Num[Array, "*batch height width channels"]
-    ) -> Float[Array, "*batch height width labels"]:
-        """Logits.
-
-        Raises:
-            ValueError: if the images do not have `in_channels` channels.
-        """
-        if images.ndim < 3 or images.shape[-1] != self._in_channels:
-            raise ValueError(
-                f"images: got shape {images.shape}; expected [*batch, height, width, {self._in_channels}], in 0 … 255"
-            )
-        size = images.shape[-3:-1]
-        x = jnp.asarray(images)
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            x = x.astype(jnp.float32)
-        x = average_pool((x - _MEAN) / _SCALE, self._reduction, size)
+    ) -> Float[Array, "*batch rows columns labels"]:
+        """Logits at 1/4 of the reduced image."""
+        x = check_images(images, self.in_channels)
+        x = average_pool((x - _MEAN) / _SCALE, self._reduction, x.shape[-3:-1])
         x = self.stem(x)
         scales = []
         for reduction, blocks in zip(self.reductions, self.blocks, strict=True):
@@ -108,9 +98,14 @@ class SmallFCN(nnx.Module):
         for lateral, features in zip(reversed(self.laterals), reversed(scales), strict=True):
             own = lateral(features)
             fused = own if fused is None else own + bilinear_upsample(fused, 2, features.shape[-3:-1])
-        logits = self.classifier(self.dropout(self.fusion(fused)))
+        return self.classifier(self.dropout(self.fusion(fused)))
+
+    def upsample(
+        self, scores: Float[Array, "*batch rows columns labels"], size: Sequence[int]
+    ) -> Float[Array, "*batch height width labels"]:
+        """Scores at every pixel; their cells tile the image."""
         # In one go: the gradient of three steps of two costs four times as much.
-        return bilinear_upsample(logits, 4 * self._reduction, size)
+        return bilinear_upsample(scores, self.stride, size)
 
 
 class _Normalized(nnx.Module):

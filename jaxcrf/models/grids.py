@@ -1,0 +1,125 @@
+"""The grids that networks score: every so many pixels, beginning with the first.
+
+Convolutions and pools that pad by half their width put cell `i` of a grid of stride `s` over pixel `s i`, so that `n`
+pixels make `⌈n/s⌉` cells, whatever `n` is, and a grid of half the stride holds every cell of the coarser one. (Cells
+that tile the image, with their centres half a cell in, are those of `jaxcrf.filters.resampling`.)
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float
+
+
+def upsample(
+    x: Float[Array, "*batch rows columns channels"], stride: int, size: Sequence[int]
+) -> Float[Array, "*batch height width channels"]:
+    r"""Interpolates linearly between the cells of a grid, and repeats the last one.
+
+    .. math::
+        y_p = (1 - t)\, x_i + t\, x_{i+1}, \qquad i = \lfloor p / s \rfloor,\ t = p / s - i
+
+    Args:
+        x: cells `i` over pixels `s i`, `[*batch, ⌈H/s⌉, ⌈W/s⌉, channels]`.
+        stride: `s`.
+        size: `(H, W)`.
+
+    Returns:
+        `[*batch, H, W, channels]`.
+
+    Raises:
+        ValueError: if there are not as many cells as the size asks for.
+
+    Example:
+        >>> upsample(jnp.asarray([0.0, 4.0, 8.0])[None, :, None], 4, (1, 10))[0, :, 0]
+        Array([0., 1., 2., 3., 4., 5., 6., 7., 8., 8.], dtype=float32)
+    """
+    for axis, n in enumerate(size, start=x.ndim - 3):
+        cells = x.shape[axis]
+        if cells != -(-n // stride):
+            raise ValueError(
+                f"x: got {cells} cells along axis {axis} for {n} pixels; expected {-(-n // stride)}"
+            )
+        if stride == 1:
+            continue
+        # As `s` phases, each a fixed blend of a cell and the next one: no gathers, and gradients as cheap.
+        following = jnp.concatenate(
+            [lax.slice_in_dim(x, 1, cells, axis=axis), lax.slice_in_dim(x, cells - 1, cells, axis=axis)], axis
+        )
+        phases = [(1 - k / stride) * x + (k / stride) * following for k in range(stride)]
+        x = jnp.stack(phases, axis=axis + 1)
+        x = x.reshape(*x.shape[:axis], cells * stride, *x.shape[axis + 2 :])
+        x = lax.slice_in_dim(x, 0, n, axis=axis)
+    return x
+
+
+def resize(
+    x: Float[Array, "*batch height width channels"], size: Sequence[int]
+) -> Float[Array, "*batch rows columns channels"]:
+    """Resizes bilinearly so that the corners stay corners, to any size.
+
+    Pixel `i` of `n` takes the place `i (N - 1) / (n - 1)` among the `N` that there were, as DeepLab's networks
+    resize images and scores. There is no smoothing before a reduction.
+
+    Args:
+        x: the maps.
+        size: wanted.
+
+    Returns:
+        `[*batch, *size, channels]`, in the type of `x`.
+
+    Example:
+        >>> resize(jnp.arange(5.0)[None, :, None], (1, 3))[0, :, 0]
+        Array([0., 2., 4.], dtype=float32)
+
+    References:
+        Chen et al., *DeepLab: Semantic Image Segmentation with Deep Convolutional Nets, Atrous Convolution, and
+        Fully Connected CRFs*, 2018, §4.1 (multi-scale inputs).
+    """
+    if x.shape[-3:-1] == tuple(size):
+        return x
+    dtype = x.dtype
+    rows, columns = (
+        jnp.asarray(_linear_weights(n, count), x.dtype) for n, count in zip(size, x.shape[-3:-1], strict=True)
+    )
+    # Products with two small matrices, at full precision: a GPU would else round pixels to ten bits.
+    x = jnp.einsum("ph,...hwc->...pwc", rows, x, precision=lax.Precision.HIGHEST)
+    return jnp.einsum("qw,...pwc->...pqc", columns, x, precision=lax.Precision.HIGHEST).astype(dtype)
+
+
+def max_pool(x: Float[Array, "*batch height width channels"], size: int, stride: int) -> Array:
+    """The largest of `size × size` values around every cell of a grid.
+
+    A window of 3 reaches one pixel to both sides; one of 2 the pixel and the next.
+
+    Example:
+        >>> max_pool(jnp.asarray([1.0, 5.0, 2.0, 0.0, 3.0])[None, :, None], 3, 2)[0, :, 0]
+        Array([5., 5., 3.], dtype=float32)
+    """
+    # As maxima of shifted maps, axis by axis: the gradient of a windowed reduction scatters, which CPUs and GPUs do
+    # slowly.
+    lowest = jnp.asarray(-jnp.inf, x.dtype)
+    for axis in (x.ndim - 3, x.ndim - 2):
+        n = x.shape[axis]
+        cells = -(-n // stride)
+        before = (size - 1) // 2
+        behind = (cells - 1) * stride + size - before - n
+        pad = [(0, 0, 0)] * x.ndim
+        pad[axis] = (before, behind, 0)
+        padded = lax.pad(x, lowest, pad)
+        pieces = [
+            lax.slice_in_dim(padded, k, k + (cells - 1) * stride + 1, stride=stride, axis=axis)
+            for k in range(size)
+        ]
+        x = pieces[0]
+        for piece in pieces[1:]:
+            x = jnp.maximum(x, piece)
+    return x
+
+
+def _linear_weights(wanted: int, count: int) -> np.ndarray:
+    """The matrix `[wanted, count]` of linear interpolation from corner to corner."""
+    places = np.linspace(0.0, count - 1.0, wanted) if wanted > 1 else np.zeros(1)
+    return np.maximum(0.0, 1.0 - np.abs(places[:, None] - np.arange(count)))
