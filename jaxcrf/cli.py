@@ -614,7 +614,7 @@ def _print_plan(experiment: "Experiment", found: "Plan") -> None:
             f"{entry.trained:,}",
             f"{entry.arguments / 2**20:.1f}",
             f"{entry.temporaries / 2**20:.1f}",
-            "" if entry.operations is None else f"{entry.operations / 1e9:.1f}",
+            f"{entry.operations / 1e9:.1f}",
         )
     console.print(updates)
     stages = Table("stage", "steps", "updates in turn", "data", title="stages")

@@ -145,6 +145,13 @@ _PRESETS = {
         filter_size=7,
     ),
     "densecrf": Preset(summary="3/3; 80,13/10; 5 iterations: the fully connected CRF's usual demonstration"),
+    "densecrf_crf_as_rnn": Preset(
+        summary="3/3; 160,3/5; 5 iterations: what CRF-as-RNN is trained from, which is tested with 10",
+        bilateral_weight=5.0,
+        bilateral_position_bandwidth=160.0,
+        bilateral_color_bandwidth=3.0,
+        normalization="after",
+    ),
     "densecrf_deeplab_v2": Preset(
         summary="1/3; 67,3/4; 10 iterations: DeepLab-v2 scripts",
         position_bandwidth=1.0,

@@ -9,9 +9,13 @@ import pytest
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames and hasattr(metafunc.cls, "CASES"):
-        slow = getattr(metafunc.cls, "SLOW_CASES", ())
+        further = getattr(metafunc.cls, "FURTHER_CASES", ())
         metafunc.parametrize(
-            "case", [pytest.param(c, marks=pytest.mark.slow if c in slow else []) for c in metafunc.cls.CASES]
+            "case",
+            [
+                pytest.param(c, marks=pytest.mark.exhaustive if c in further else [])
+                for c in metafunc.cls.CASES
+            ],
         )
 
 

@@ -46,7 +46,7 @@ class FilterSuite:
     """Linearity, transpose, diagonal, normalisation, transforms and gradients of one family of filters."""
 
     CASES: ClassVar[dict[str, Callable[[], Filter]]]
-    SLOW_CASES: ClassVar[tuple[str, ...]] = ()  # those that the core suite leaves out
+    FURTHER_CASES: ClassVar[tuple[str, ...]] = ()  # those that the core suite leaves out
 
     def parameters(self, case):
         """What gradients are taken in, and the filter as a function of it; by default all of its leaves."""

@@ -106,6 +106,7 @@ def test_a_preset_file_reaches_refine(folder, monkeypatch):
     assert [(options["method"], options["preset"]) for options in seen] == [("densecrf", "densecrf_sharp")]
 
 
+@pytest.mark.slow
 def test_a_part_of_the_images(folder):
     (folder / "labels/b.png").unlink()
     (folder / "labels/c.d.png").unlink()

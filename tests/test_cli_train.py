@@ -50,6 +50,7 @@ def run(*arguments):
     return CliRunner().invoke(cli.app, ["train", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_a_model_and_can_be_repeated(config, tmp_path):
     result = run(config, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
@@ -78,6 +79,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(config, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.py"]
 
 
+@pytest.mark.slow
 def test_experiments_by_name_take_their_data_from_a_folder(tmp_path):
     for split in ("train", "val"):
         for stem in ("a", "b", "c"):

@@ -30,7 +30,10 @@ def test_published_settings_are_there():
         assert (p.normalization, p.unary_weight) == ("symmetric", 1.0)
 
 
-def test_the_reference_is_there():
+def test_the_references_are_there():
+    p = presets.get("densecrf_crf_as_rnn")
+    assert (p.position_bandwidth, p.bilateral_position_bandwidth, p.bilateral_color_bandwidth) == (3, 160, 3)
+    assert (p.position_weight, p.bilateral_weight, p.normalization, p.num_iterations) == (3, 5, "after", 5)
     p = presets.get("convcrf_reference")
     assert (p.filter_size, p.blur, p.normalization, p.num_iterations) == (11, 4, "none", 5)
     assert (p.bilateral_weight, p.position_weight, p.unary_weight) == pytest.approx(

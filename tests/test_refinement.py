@@ -75,6 +75,7 @@ def test_auto_is_what_select_filter_says():
     np.testing.assert_array_equal(jaxcrf.refine(IMAGE, PROBS, method="densecrf"), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filter", ["dense", "lattice", "landmark"])
 def test_an_image_of_one_colour_is_smoothed_by_position_alone(filter):
     flat = np.full_like(IMAGE, 130)

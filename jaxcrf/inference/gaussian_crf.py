@@ -1,7 +1,7 @@
 """Gaussian CRFs: inference is one linear solve, exact and differentiated implicitly."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -428,39 +428,31 @@ def _scale(affinities: Any, regularization: Array, scaling: str | None) -> Any:
     return affinities.replace(embeddings=embeddings * scale)
 
 
-class _Factors(NamedTuple):
-    """The factorisations of `λI + c A Aᵀ` that the direct solver needs.
+def _factorise(systems: Sequence[tuple[int, Array]]) -> Factor:
+    """All small systems at once, `[systems, *batch, D, D]`.
 
-    Attributes:
-        mean: `c = 1` for general embeddings; `c = L - 1` for Potts ones, the mean over the labels.
-        deviation: `c = -1`, the deviations from that mean; None where there are none.
+    Not one by one: a CPU with two cores runs independent factorisations of batches side by side, and both may then
+    wait, for good, for helpers from the pool of threads that they fill (jaxlib 0.10).
     """
-
-    mean: Factor
-    deviation: Factor | None
-
-    @property
-    def definite(self) -> Array:
-        """Whether the whole system is, as far as the floating-point type can tell."""
-        return self.mean.definite if self.deviation is None else self.mean.definite & self.deviation.definite
+    return factorise(jnp.stack([matrix for _, matrix in systems]))
 
 
-def _factorise(kind: str, dual: Array, regularization: Array, num_labels: int) -> _Factors:
-    mean, deviation = (
-        None if c is None else factorise(m) for c, m in _small_systems(kind, dual, regularization, num_labels)
-    )
-    return _Factors(mean, deviation)  # type: ignore[arg-type]
+def _solve(factors: Factor, t: Float[Array, "systems *batch D columns"]) -> Array:
+    """Every system with its own right-hand sides, likewise at once; the factors' batch broadcasts."""
+    missing = t.ndim - factors.matrix.ndim
+    aligned = (a.reshape(a.shape[0], *[1] * missing, *a.shape[1:]) for a in factors)
+    return Factor(*aligned).solve(t)
 
 
 def _small_systems(
     kind: str, dual: Array, regularization: Array, num_labels: int
-) -> tuple[tuple[int, Array], tuple[int | None, Array]]:
-    """`c` and `λI + c A Aᵀ`, for the mean (or everything) and for the deviations (or None)."""
+) -> tuple[tuple[int, Array], ...]:
+    """`c` and `λI + c A Aᵀ`: for everything (general); for the mean over labels, and for the deviations if any."""
     ridge = regularization * jnp.eye(dual.shape[-1], dtype=dual.dtype)
     if kind == "general":
-        return (1, ridge + dual), (None, ridge)
+        return ((1, ridge + dual),)
     count = num_labels - 1
-    return (count, ridge + count * dual), (-1 if count else None, ridge - dual)
+    return ((count, ridge + count * dual), *(((-1, ridge - dual),) if count else ()))
 
 
 def _solve_directly(
@@ -473,18 +465,18 @@ def _solve_directly(
     """Solves by Woodbury's identity; the factorisation also serves the backward pass."""
     num_labels = b.shape[-1]
     still, lam, small, tolerance = lax.stop_gradient((affinities, regularization, dual, tolerance))
-    factors = _factorise(affinities.kind, small, lam, num_labels)
+    systems = _small_systems(affinities.kind, small, lam, num_labels)
+    factors = _factorise(systems)
     axes = tuple(range(b.ndim - 1 - len(affinities.spatial), b.ndim))
 
     def once(rhs: Array) -> Array:
         if isinstance(still, PixelLabelGram):
-            y = factors.mean.solve(still.restrict(rhs)[..., None])[..., 0]
-            return (rhs - still.prolong(y)) / lam
+            (y,) = _solve(factors, still.restrict(rhs)[None, ..., None])
+            return (rhs - still.prolong(y[..., 0])) / lam
         (t,) = still.restrict(rhs)
-        mean = t.mean(-1, keepdims=True)
-        y = (num_labels - 1) * factors.mean.solve(mean)
-        if factors.deviation is not None:
-            y = y - factors.deviation.solve(t - mean)
+        mean = jnp.broadcast_to(t.mean(-1, keepdims=True), t.shape)
+        solved = _solve(factors, jnp.stack([mean, t - mean][: len(systems)]))
+        y = sum(c * of_system for (c, _), of_system in zip(systems, solved, strict=True))
         return (rhs - still.prolong((y,))) / lam
 
     def solve(matvec: Callable[[Array], Array], rhs: Array) -> tuple[Array, Array]:
@@ -505,7 +497,7 @@ def _solve_directly(
         smallest, largest = lam, lam + top
     else:
         smallest, largest = potts_extremes(lam, jnp.zeros_like(top), top, num_labels)
-    definite = jnp.broadcast_to(factors.definite & (lam > 0), residual.shape) & ~(smallest <= 0)
+    definite = jnp.broadcast_to(factors.definite.all(0) & (lam > 0), residual.shape) & ~(smallest <= 0)
     stats = GaussianCRFStats(
         iterations=jnp.zeros(residual.shape, jnp.int32),
         residual=residual,
@@ -525,10 +517,9 @@ def _variances(affinities: PixelGram | PixelLabelGram, b: Array, regularization:
     shares = (1.0, 0.0) if affinities.kind == "general" else (1 / num_labels, 1 - 1 / num_labels)
     total: Any = 0.0
     systems = _small_systems(affinities.kind, dual, lam, num_labels)
-    for share, (c, matrix) in zip(shares, systems, strict=True):
-        if c is None:
-            continue
-        lower = lax.linalg.cholesky(matrix, symmetrize_input=False)  # NaN where not definite
+    # NaN where not definite.
+    factors = lax.linalg.cholesky(jnp.stack([matrix for _, matrix in systems]), symmetrize_input=False)
+    for share, (c, _), lower in zip(shares, systems, factors, strict=False):
         found = (1 - c * affinities.quadratic_form(lower)) / lam
         if c >= 0:
             # A variance is at least that with all other scores known, which rounding must not undercut.

@@ -87,6 +87,7 @@ class DeepLab(Network):
             hidden_channels,
             (kernel_size, kernel_size),
             kernel_dilation=rate,
+            conv_general_dilated=grids.atrous_convolution,
             **relu,
         )
         self.fc7 = nnx.Conv(hidden_channels, hidden_channels, (1, 1), **relu)

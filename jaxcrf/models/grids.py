@@ -6,6 +6,7 @@ that tile the image, with their centres half a cell in, are those of `jaxcrf.fil
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -78,15 +79,105 @@ def resize(
         Chen et al., *DeepLab: Semantic Image Segmentation with Deep Convolutional Nets, Atrous Convolution, and
         Fully Connected CRFs*, 2018, §4.1 (multi-scale inputs).
     """
-    if x.shape[-3:-1] == tuple(size):
-        return x
-    dtype = x.dtype
     rows, columns = (
-        jnp.asarray(_linear_weights(n, count), x.dtype) for n, count in zip(size, x.shape[-3:-1], strict=True)
+        np.linspace(0.0, count - 1.0, n) if n > 1 else np.zeros(1)
+        for n, count in zip(size, x.shape[-3:-1], strict=True)
     )
+    return interpolate(x, rows, columns)
+
+
+def interpolate(
+    x: Float[Array, "*batch height width channels"],
+    rows: Float[np.ndarray, " rows"],
+    columns: Float[np.ndarray, " columns"],
+) -> Float[Array, "*batch rows columns channels"]:
+    """Interpolates linearly at the crossings of some rows and columns, between which the maps may have any.
+
+    Args:
+        x: the maps, whose own rows and columns are 0, 1, ….
+        rows: where to, in those; beyond the first and the last they are repeated.
+        columns: likewise.
+
+    Returns:
+        `[*batch, rows, columns, channels]`, in the type of `x`.
+
+    Example:
+        >>> interpolate(jnp.asarray([0.0, 4.0, 8.0])[None, :, None], np.zeros(1), np.array([-1.0, 0.5, 2.0]))[0, :, 0]
+        Array([0., 2., 8.], dtype=float32)
+    """
+    dtype = x.dtype
     # Products with two small matrices, at full precision: a GPU would else round pixels to ten bits.
-    x = jnp.einsum("ph,...hwc->...pwc", rows, x, precision=lax.Precision.HIGHEST)
-    return jnp.einsum("qw,...pwc->...pqc", columns, x, precision=lax.Precision.HIGHEST).astype(dtype)
+    for places, product in ((rows, "ph,...hwc->...pwc"), (columns, "qw,...pwc->...pqc")):
+        count = x.shape[-3 if places is rows else -2]
+        weights = _linear_weights(places, count)
+        if not np.array_equal(weights, np.eye(count)):
+            x = jnp.einsum(product, jnp.asarray(weights, dtype), x, precision=lax.Precision.HIGHEST)
+    return x.astype(dtype)
+
+
+def atrous_convolution(
+    x: Float[Array, "batch rows columns channels"],
+    kernel: Float[Array, "height width channels features"],
+    strides: Sequence[int] = (1, 1),
+    padding: Any = "SAME",
+    *,
+    rhs_dilation: Sequence[int] = (1, 1),
+    **options: Any,
+) -> Float[Array, "batch rows columns features"]:
+    """A convolution whose taps lie so far apart that many of them see little but padding.
+
+    It takes what `nnx.Conv` hands to its `conv_general_dilated`. On a CPU every tap multiplies only the cells that it
+    sees, which of 3 × 3 taps, 12 apart on 41 × 41 cells, are two thirds.
+
+    Args:
+        x: the maps.
+        kernel: the taps.
+        strides: all 1.
+        padding: "SAME".
+        rhs_dilation: how far apart the taps are, in cells.
+        **options: of `jax.lax.conv_general_dilated`, which other devices use.
+
+    Returns:
+        Maps of the same size.
+
+    Raises:
+        ValueError: if strides or padding are others.
+
+    Example:
+        >>> x, kernel = jnp.arange(5.0)[None, None, :, None], jnp.ones((1, 3, 1, 1))
+        >>> atrous_convolution(x, kernel, rhs_dilation=(1, 3))[0, 0, :, 0]
+        Array([3., 5., 2., 3., 5.], dtype=float32)
+    """
+    if any(stride != 1 for stride in strides) or padding != "SAME":
+        raise ValueError(f"strides, padding: got {strides} and {padding!r}; expected (1, 1) and 'SAME'")
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")} | options
+
+    def convolution(x: Array, kernel: Array) -> Array:
+        return lax.conv_general_dilated(x, kernel, strides, padding, rhs_dilation=rhs_dilation, **options)
+
+    def tap_by_tap(x: Array, kernel: Array) -> Array:
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        y = jnp.zeros((*x.shape[:-1], kernel.shape[-1]), dtype)
+        for row, column in np.ndindex(*kernel.shape[:2]):
+            seen, written = [], []
+            for axis, tap in ((0, row), (1, column)):
+                n, dilation = x.shape[1 + axis], rhs_dilation[axis]
+                offset = tap * dilation - (kernel.shape[axis] - 1) * dilation // 2
+                seen.append(slice(max(0, offset), max(0, n + min(0, offset))))
+                written.append(slice(max(0, -offset), max(0, n - max(0, offset))))
+            piece = x[:, *seen]
+            if piece.size:
+                product = jnp.einsum(
+                    "brcx,xy->brcy",
+                    piece,
+                    kernel[row, column],
+                    precision=options.get("precision"),
+                    preferred_element_type=dtype,
+                )
+                y = y.at[:, *written].add(product)
+        return y.astype(x.dtype)
+
+    return lax.platform_dependent(x, kernel, cpu=tap_by_tap, default=convolution)
 
 
 def max_pool(x: Float[Array, "*batch height width channels"], size: int, stride: int) -> Array:
@@ -119,7 +210,7 @@ def max_pool(x: Float[Array, "*batch height width channels"], size: int, stride:
     return x
 
 
-def _linear_weights(wanted: int, count: int) -> np.ndarray:
-    """The matrix `[wanted, count]` of linear interpolation from corner to corner."""
-    places = np.linspace(0.0, count - 1.0, wanted) if wanted > 1 else np.zeros(1)
-    return np.maximum(0.0, 1.0 - np.abs(places[:, None] - np.arange(count)))
+def _linear_weights(places: np.ndarray, count: int) -> np.ndarray:
+    """The matrix `[places, count]` of linear interpolation between 0, 1, …, `count - 1`."""
+    inside = np.clip(places, 0, count - 1)
+    return np.maximum(0.0, 1.0 - np.abs(inside[:, None] - np.arange(count)))

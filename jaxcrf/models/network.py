@@ -38,9 +38,7 @@ class Network(nnx.Module):
                 "num_labels: got 1, of which every pixel would be sure; for one kind of object take 2, it and the "
                 "background"
             )
-        if not _checks.is_whole(in_channels) or in_channels < 1:
-            raise ValueError(f"in_channels: got {in_channels!r}; expected a whole number of at least 1")
-        self.in_channels = in_channels
+        self.in_channels = check_count("in_channels", in_channels)
         self.stride = stride
 
     def scores(
@@ -55,6 +53,10 @@ class Network(nnx.Module):
         """Scores at every pixel of images of `size`, `(H, W)`, interpolated linearly."""
         return grids.upsample(scores, self.stride, size)
 
+    def places(self, pixels: int) -> Float[np.ndarray, " cells"]:
+        """Where the cells of the grid lie along an axis of so many pixels, `[⌈pixels/stride⌉]`, in pixels from 0."""
+        return self.stride * np.arange(-(-pixels // self.stride), dtype=np.float64)
+
     def __call__(
         self, images: Num[Array, "*batch height width channels"]
     ) -> Float[Array, "*batch height width labels"]:
@@ -64,6 +66,21 @@ class Network(nnx.Module):
             ValueError: if the images do not have `in_channels` channels.
         """
         return self.upsample(self.scores(images), jnp.shape(images)[-3:-1])
+
+
+def check_count(name: str, value: Any) -> int:
+    """A number of channels, pixels and the like.
+
+    Raises:
+        ValueError: unless it is a whole number of at least 1.
+
+    Example:
+        >>> check_count("width", 64)
+        64
+    """
+    if not _checks.is_whole(value) or value < 1:
+        raise ValueError(f"{name}: got {value!r}; expected a whole number of at least 1")
+    return int(value)
 
 
 def check_images(images: Any, in_channels: int) -> Array:

@@ -38,4 +38,6 @@ class Refined(nnx.Module):
     def with_unary(self, images: Num[Array, "*batch height width channels"]) -> tuple[Any, Any]:
         """Refined logits, and those of the unary network, for losses on both."""
         unary: Any = self.unary(images)
-        return self.crf(images, unary), unary
+        refined: Any = self.crf(images, unary)
+        # The CRF computes in float32 at least; what comes out has one type with and without it.
+        return refined.astype(unary.dtype), unary

@@ -5,18 +5,19 @@ import difflib
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 
 from jaxcrf import _checks
 from jaxcrf.models.deeplab import DeepLab, DeepLabV2
+from jaxcrf.models.gaussian_crf import with_gaussian_crf
 from jaxcrf.models.refined import Refined
 from jaxcrf.models.resnet import ResNetFCN
 from jaxcrf.models.small_fcn import SmallFCN
 from jaxcrf.models.vgg import VGG16FCN
-from jaxcrf.nn import ConvCRF
+from jaxcrf.nn import ConvCRF, DenseCRF
 
 # Networks by themselves; every entry takes `num_labels, *, in_channels, dtype, rngs` and its own options.
 _NETWORKS: dict[str, Callable[..., nnx.Module]] = {
@@ -34,15 +35,29 @@ _NETWORKS: dict[str, Callable[..., nnx.Module]] = {
 }
 
 
-def _convcrf(
-    unary: Any, num_labels: int, *, in_channels: int, dtype: Any, rngs: nnx.Rngs, **options: Any
-) -> Any:
-    return Refined(unary, ConvCRF(num_labels, **options))
+class _RefinedBy:
+    """Puts a layer that maps images and logits to logits, and needs to know no more than `L`, on a network."""
+
+    def __init__(self, layer: Callable[..., nnx.Module]):
+        self.layer = layer
+
+    def __call__(
+        self, unary: Any, num_labels: int, *, in_channels: int, dtype: Any, rngs: nnx.Rngs, **options: Any
+    ) -> Refined:
+        return Refined(unary, self.layer(num_labels, **options))
 
 
 # CRFs that `create(…, refine=…)` puts on a network: called with it and what it was made with.
 _REFINEMENTS: dict[str, Callable[..., nnx.Module]] = {
-    "convcrf": _convcrf,
+    "convcrf": _RefinedBy(ConvCRF),
+    "densecrf": _RefinedBy(DenseCRF),
+    "gaussian_crf": functools.partial(with_gaussian_crf, kind="general"),
+    "gaussian_crf_potts": functools.partial(with_gaussian_crf, embedding_size=1024),
+    "gaussian_crf_sparse": functools.partial(with_gaussian_crf, layers=("sparse",), kind="general"),
+    "gaussian_crf_sparse_potts": functools.partial(with_gaussian_crf, layers=("sparse",)),
+    "gaussian_crf_stacked": functools.partial(
+        with_gaussian_crf, layers=("dense", "sparse"), embedding_size=1024
+    ),
 }
 
 
@@ -57,6 +72,14 @@ class _Composite:
 
 _COMPOSITES = {
     "convcrf": _Composite("resnet101_fcn", "convcrf"),
+    # With 5 iterations, which the paper trains with; for its 10 at test, model.set_attributes(num_iterations=10).
+    "crf_as_rnn": _Composite(
+        "vgg16_fcn",
+        "densecrf",
+        {"preset": "densecrf_crf_as_rnn", "weights_per_label": True, "trainable_compatibility": True},
+    ),
+    "gaussian_crf": _Composite("deeplab_v2", "gaussian_crf"),
+    "gaussian_crf_potts": _Composite("deeplab_v2", "gaussian_crf_potts"),
 }
 
 
@@ -128,7 +151,12 @@ class ModelConfig:
             crfs.insert(
                 0, (composite.refine, {**composite.crf_options, **(options.pop("crf_options", None) or {})})
             )
-        _check_options(self.name, _NETWORKS[network], options)
+        common_options = ["refine", "refine_options", *(["crf_options"] if self.name in _COMPOSITES else [])]
+        _check_options(
+            repr(self.name), _NETWORKS[network], options, ("self", "num_labels", "rngs"), common_options
+        )
+        for crf, crf_options in crfs:
+            _check_options(f"the CRF {crf!r}", _REFINEMENTS[crf], crf_options, _GIVEN_TO_REFINEMENTS)
         common = {"in_channels": options.get("in_channels", 3), "dtype": options.get("dtype")}
 
         # Compiled as one program: operation by operation, the initialisation of a large model takes many times as long.
@@ -142,6 +170,19 @@ class ModelConfig:
         model = make(rngs)
         model.config = self
         return model
+
+    def create_abstract(self) -> nnx.Module:
+        """The model without numbers: shapes and dtypes only, which takes neither memory nor time.
+
+        Raises:
+            TypeError: if the model has no such option.
+
+        Example:
+            >>> model = ModelConfig.of("deeplab_largefov", 21).create_abstract()
+            >>> model.classifier.kernel.shape
+            (1, 1, 1024, 21)
+        """
+        return nnx.eval_shape(lambda: self.create(nnx.Rngs(0)))
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
@@ -194,16 +235,28 @@ def names() -> tuple[str, ...]:
     return (*_NETWORKS, *_COMPOSITES)
 
 
-def _check_options(name: str, network: Callable[..., nnx.Module], options: Mapping[str, Any]) -> None:
-    """Raises if a network has no such option."""
-    made: Any = getattr(network, "func", network)
+# What `create` itself passes on.
+_GIVEN_TO_REFINEMENTS = ("self", "unary", "num_labels", "in_channels", "dtype", "rngs")
+
+
+def _check_options(
+    what: str,
+    made: Callable[..., Any],
+    options: Mapping[str, Any],
+    given: Sequence[str],
+    more: Sequence[str] = (),
+) -> None:
+    """Raises if a network or CRF has no such option."""
+    made = getattr(made, "func", made)
+    made = getattr(made, "layer", made)
     # Of the constructor itself: the class's own is that of Flax's metaclass, which takes anything.
-    known = set(inspect.signature(made.__init__).parameters) - {"self", "num_labels", "rngs"}
+    signature = inspect.signature(made.__init__ if isinstance(made, type) else made)  # type: ignore[misc]
+    known = [*(name for name in signature.parameters if name not in given), *more]
     for option in options:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)
             raise TypeError(
-                f"{option}: {name!r} has no such option{f', did you mean {near[0]!r}?' if near else ''}; it has "
+                f"{option}: {what} has no such option{f', did you mean {near[0]!r}?' if near else ''}; it has "
                 f"{', '.join(sorted(known))}"
             )
 

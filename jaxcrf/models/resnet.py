@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Float, Num
 
 from jaxcrf.models import grids
-from jaxcrf.models.network import Network, normalized
+from jaxcrf.models.network import Network, check_count, normalized
 from jaxcrf.models.vgg import check_output_stride
 
 # Blocks of each stage, by the number of layers with weights.
@@ -34,7 +34,7 @@ class ResNet(nnx.Module):
         rngs: where parameters come from.
 
     Raises:
-        ValueError: if there is no such depth or output stride.
+        ValueError: if there is no such depth or output stride, or `in_channels` or `width` is less than 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -66,7 +66,8 @@ class ResNet(nnx.Module):
         counts = tuple(DEPTHS[depth] if blocks is None else blocks)
         if not 1 <= len(counts) <= 4 or min(counts) < 1:
             raise ValueError(f"blocks: got {counts}; expected one to four numbers of at least 1")
-        self._in_channels = in_channels
+        self._in_channels = check_count("in_channels", in_channels)
+        check_count("width", width)
         options = {"dtype": dtype, "rngs": rngs}
         self.conv1 = _convolution(in_channels, width, 7, strides=2, **options)
         self.norm1 = _norm(width, **options)

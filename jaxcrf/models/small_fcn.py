@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Num
 
-from jaxcrf.filters.resampling import average_pool, bilinear_upsample
-from jaxcrf.models.network import Network, check_images
+from jaxcrf.filters.resampling import average_pool, bilinear_upsample, cells
+from jaxcrf.models.network import Network, check_count, check_images
 
 # Rough moments of photographs in 0 … 255, per colour channel.
 _MEAN, _SCALE = 115.0, 70.0
@@ -57,8 +58,9 @@ class SmallFCN(Network):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        if reduction < 1:
-            raise ValueError(f"reduction: got {reduction}; expected a whole number of at least 1")
+        check_count("reduction", reduction)
+        if check_count("width", width) < 2:
+            raise ValueError("width: got 1; expected at least 2, half of which come first")
         super().__init__(num_labels, in_channels, 4 * reduction)
         self._reduction = reduction
         widths = (width, 2 * width, 3 * width)
@@ -106,6 +108,11 @@ class SmallFCN(Network):
         """Scores at every pixel; their cells tile the image."""
         # In one go: the gradient of three steps of two costs four times as much.
         return bilinear_upsample(scores, self.stride, size)
+
+    def places(self, pixels: int) -> Float[np.ndarray, " cells"]:
+        """The cells' centres."""
+        count, front = cells(pixels, self.stride)
+        return self.stride * (np.arange(count) + 0.5) - 0.5 - front
 
 
 class _Normalized(nnx.Module):

@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Float, Num
 
 from jaxcrf.models import grids
-from jaxcrf.models.network import Network, normalized
+from jaxcrf.models.network import Network, check_count, normalized
 
 OUTPUT_STRIDES = (8, 16, 32)
 
@@ -37,7 +37,7 @@ class VGG16(nnx.Module):
         dilation: that of the convolutions which follow: 32 / `output_stride`.
 
     Raises:
-        ValueError: if `output_stride` or `pool_size` is none of these.
+        ValueError: if `output_stride` or `pool_size` is none of these, or `in_channels` or `width` is less than 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -66,10 +66,10 @@ class VGG16(nnx.Module):
         check_output_stride(output_stride)
         if pool_size not in (2, 3):
             raise ValueError(f"pool_size: got {pool_size}; expected 2 or 3")
-        self._in_channels = in_channels
+        self._in_channels = check_count("in_channels", in_channels)
         self._pool_size = pool_size
         self._norm = norm
-        self._width = width
+        self._width = check_count("width", width)
         self._output_stride = output_stride
         self.dilation = 32 // output_stride
         before = in_channels

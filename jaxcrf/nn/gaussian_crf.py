@@ -10,10 +10,14 @@ from jax import Array
 from jax.nn import softplus
 from jaxtyping import Float
 
-from jaxcrf.filters.gram import EmbeddingKind
-from jaxcrf.filters.grid import Connectivity, EdgeKind
+from jaxcrf.filters.gram import EmbeddingKind, Gram
+from jaxcrf.filters.grid import Connectivity, EdgeKind, Grid
 from jaxcrf.inference.gaussian_crf import EmbeddingScaling, GaussianCRFResult, Solver, gaussian_crf
 from jaxcrf.inference.sparse_gaussian_crf import EdgeScaling, sparse_gaussian_crf
+from jaxcrf.nn.mean_field import inverse_softplus_of_one
+
+# A tenth of λ = 1 in squares, where means are taken.
+_INITIAL_NORM = 0.3
 
 
 class EmbeddingHead(nnx.Module):
@@ -25,6 +29,8 @@ class EmbeddingHead(nnx.Module):
         kind: "potts" for one embedding per pixel, "general" for one per pixel and label.
         num_labels: how many labels, for the general kind.
         kernel_size: of the convolution.
+        initial_norm: about how long the embeddings of features of unit variance are to begin with; None for `√D`,
+            as usual weights give them.
         dtype: of its arithmetic; None for that of its inputs. Embeddings are at least float32 in any case.
         rngs: where its weights come from.
 
@@ -47,11 +53,13 @@ class EmbeddingHead(nnx.Module):
         kind: EmbeddingKind = "potts",
         num_labels: int | None = None,
         kernel_size: int = 1,
+        initial_norm: float | None = None,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
         self._per_pixel = _per_pixel(kind, num_labels, (embedding_size,))
-        self.convolution = _convolution(in_features, self._per_pixel, kernel_size, dtype, rngs)
+        variance = 1.0 if initial_norm is None else initial_norm**2 / embedding_size
+        self.convolution = _convolution(in_features, self._per_pixel, kernel_size, dtype, rngs, variance)
 
     def __call__(self, features: Float[Array, "*batch height width channels"]) -> Float[Array, "..."]:
         """The embeddings, `[*batch, height, width, D]` or `[*batch, height, width, labels, D]`."""
@@ -67,6 +75,7 @@ class EdgeHead(nnx.Module):
         kind: "potts" for one weight per edge, "general" for a matrix of labels × labels.
         num_labels: how many labels, for the general kind.
         kernel_size: of the convolution, which should see both ends of an edge.
+        initial_scale: about how large the weights are to begin with, for features of unit variance.
         dtype: of its arithmetic; None for that of its inputs. Edges are at least float32 in any case.
         rngs: where its weights come from.
 
@@ -85,12 +94,15 @@ class EdgeHead(nnx.Module):
         kind: EdgeKind = "potts",
         num_labels: int | None = None,
         kernel_size: int = 3,
+        initial_scale: float = 1.0,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
         per_edge = () if kind == "potts" else (num_labels or 0,)
         self._per_pixel = (connectivity // 2, *_per_pixel(kind, num_labels, per_edge))
-        self.convolution = _convolution(in_features, self._per_pixel, kernel_size, dtype, rngs)
+        self.convolution = _convolution(
+            in_features, self._per_pixel, kernel_size, dtype, rngs, initial_scale**2
+        )
 
     def __call__(self, features: Float[Array, "*batch height width channels"]) -> Float[Array, "..."]:
         """The edges, `[*batch, height, width, E]` or `[*batch, height, width, E, labels, labels]`."""
@@ -101,15 +113,15 @@ class _Layer(nnx.Module):
     """A head that makes the pairwise terms, `λ`, and the function that solves for the scores."""
 
     _crf: ClassVar[Callable[..., GaussianCRFResult]]
-    head: nnx.Module
+    head: Any
     _options: dict[str, Any]
 
     def _set_regularization(self, regularization: float, learned: bool) -> None:
         if not 0 < regularization < math.inf:
             raise ValueError(f"regularization: got {regularization}; expected λ > 0")
         self._regularization = float(regularization)
-        # softplus(softplus⁻¹(1)) = 1, so that training starts from λ and never leaves the positive numbers.
-        self.regularization_logit = nnx.Param(jnp.log(jnp.expm1(1.0))) if learned else None
+        # As λ softplus(·) it starts from λ and never leaves the positive numbers.
+        self.regularization_logit = nnx.Param(jnp.asarray(inverse_softplus_of_one())) if learned else None
 
     @property
     def regularization(self) -> Any:
@@ -127,7 +139,7 @@ class _Layer(nnx.Module):
     ) -> GaussianCRFResult:
         """Scores with statistics and, if asked for, variances."""
         return type(self)._crf(
-            self.head(features),
+            self._terms(features),
             unary,
             regularization=self.regularization,
             variances=variances,
@@ -141,6 +153,10 @@ class _Layer(nnx.Module):
     ) -> Float[Array, "*batch height width labels"]:
         """The scores `x`, logits for a soft-max."""
         return self.solve(features, unary).scores
+
+    def _terms(self, features: Array) -> Array:
+        """What the solver takes."""
+        return self.head(features)
 
 
 class GaussianCRF(_Layer):
@@ -158,6 +174,9 @@ class GaussianCRF(_Layer):
         learn_regularization: makes `λ` a parameter, positive at all times.
         embedding_scaling: as in `gaussian_crf`. "default" is "spectral" for the Potts kind, whose systems would
             otherwise not be sure to be definite while embeddings are learned, and None for the general kind.
+        averaged: takes means over the pixels instead of sums, `(K q)_i = 1/P Σ_j ⟨A_i, A_j⟩ q_j`, so that pairwise
+            terms are no stronger in large images than in small ones; embeddings then begin so short that scores are
+            about the unary's. The paper takes sums.
         kernel_size: of the head's convolution.
         solver: "auto", "cg" or "direct".
         tolerance: as in `gaussian_crf`.
@@ -191,6 +210,7 @@ class GaussianCRF(_Layer):
         regularization: float = 1.0,
         learn_regularization: bool = False,
         embedding_scaling: EmbeddingScaling | str | None = "default",
+        averaged: bool = False,
         kernel_size: int = 1,
         solver: Solver = "auto",
         tolerance: float = 1e-6,
@@ -204,9 +224,11 @@ class GaussianCRF(_Layer):
             kind=kind,
             num_labels=num_labels,
             kernel_size=kernel_size,
+            initial_norm=_INITIAL_NORM if averaged else None,
             dtype=dtype,
             rngs=rngs,
         )
+        self._averaged = averaged
         self._set_regularization(regularization, learn_regularization)
         if embedding_scaling == "default":
             embedding_scaling = "spectral" if kind == "potts" else None
@@ -217,6 +239,14 @@ class GaussianCRF(_Layer):
             "tolerance": tolerance,
             "max_iterations": max_iterations,
         }
+
+    def affinities(self, features: Float[Array, "*batch height width channels"]) -> Gram:
+        """The inner products of the embeddings, before any scaling, for pictures and losses of their own."""
+        return Gram(self.head(features), kind=self._options["kind"])
+
+    def _terms(self, features: Array) -> Array:
+        embeddings = self.head(features)
+        return embeddings / math.sqrt(math.prod(features.shape[-3:-1])) if self._averaged else embeddings
 
 
 class SparseGaussianCRF(_Layer):
@@ -232,6 +262,8 @@ class SparseGaussianCRF(_Layer):
         regularization: `λ`.
         learn_regularization: makes `λ` a parameter, positive at all times.
         edge_scaling: as in `sparse_gaussian_crf`; by default the system is sure to be definite.
+        averaged: takes means over the neighbours instead of sums; edges then begin so weak that scores are about the
+            unary's.
         centered: likewise; None for Potts-type edges only, which many labels would else keep weak.
         kernel_size: of the head's convolution, which should see both ends of an edge.
         solver: "auto", "cg" or "direct".
@@ -268,6 +300,7 @@ class SparseGaussianCRF(_Layer):
         learn_regularization: bool = False,
         edge_scaling: EdgeScaling | None = "diagonally-dominant",
         centered: bool | None = None,
+        averaged: bool = False,
         kernel_size: int = 3,
         solver: Solver = "auto",
         tolerance: float = 1e-6,
@@ -281,9 +314,11 @@ class SparseGaussianCRF(_Layer):
             kind=kind,
             num_labels=num_labels,
             kernel_size=kernel_size,
+            initial_scale=_INITIAL_NORM if averaged else 1.0,
             dtype=dtype,
             rngs=rngs,
         )
+        self._averaged = averaged
         self._set_regularization(regularization, learn_regularization)
         self._options = {
             "kind": kind,
@@ -294,6 +329,15 @@ class SparseGaussianCRF(_Layer):
             "tolerance": tolerance,
             "max_iterations": max_iterations,
         }
+
+    def affinities(self, features: Float[Array, "*batch height width channels"]) -> Grid:
+        """The edges, before any scaling, for pictures and losses of their own."""
+        options = {name: self._options[name] for name in ("connectivity", "kind")}
+        return Grid(self.head(features), **options)
+
+    def _terms(self, features: Array) -> Array:
+        edges = self.head(features)
+        return edges / self._options["connectivity"] if self._averaged else edges
 
 
 class StackedGaussianCRF(nnx.Module):
@@ -343,9 +387,21 @@ def _per_pixel(kind: str, num_labels: int | None, last: tuple[int, ...]) -> tupl
 
 
 def _convolution(
-    in_features: int, per_pixel: tuple[int, ...], kernel_size: int, dtype: Any, rngs: nnx.Rngs
+    in_features: int,
+    per_pixel: tuple[int, ...],
+    kernel_size: int,
+    dtype: Any,
+    rngs: nnx.Rngs,
+    variance: float = 1.0,
 ) -> nnx.Conv:
-    return nnx.Conv(in_features, math.prod(per_pixel), (kernel_size, kernel_size), dtype=dtype, rngs=rngs)
+    return nnx.Conv(
+        in_features,
+        math.prod(per_pixel),
+        (kernel_size, kernel_size),
+        kernel_init=nnx.initializers.variance_scaling(variance, "fan_in", "truncated_normal"),
+        dtype=dtype,
+        rngs=rngs,
+    )
 
 
 def _unfolded(found: Array, per_pixel: tuple[int, ...]) -> Array:

@@ -22,6 +22,7 @@ from jaxcrf import metrics
 from jaxcrf.data.images import replacing
 from jaxcrf.data.pipeline import Pipeline
 from jaxcrf.models import ModelConfig
+from jaxcrf.models.parameters import named_leaves, with_leaves
 from jaxcrf.training.checkpoints import Checkpoints
 from jaxcrf.training.protocols import Stage, describe, locate, num_steps, updates_from
 from jaxcrf.training.steps import (
@@ -36,10 +37,13 @@ from jaxcrf.training.steps import (
     replicate,
     with_optimizers,
 )
-from jaxcrf.training.updates import Batch, Update, named_leaves, with_leaves
+from jaxcrf.training.updates import Batch, Update
 
 # Reports are read that many steps late, so that the device never waits for the host.
 _LAG = 2
+
+# Files that `Experiment.initial` may name.
+_WEIGHTS = (".safetensors", ".pth", ".pt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,9 @@ class Experiment:
         accumulate: see `make_step`.
         compute_dtype: see `make_step`; as "bfloat16".
         average_decay: see `make_step`. Evaluations and saved models take the average where there is one.
-        initial: the folder of a saved model or run whose arrays of the same path, shape and dtype the run begins with.
+        initial: what the run begins with: the folder of a saved model or run, whose arrays of the same path, shape
+            and dtype are taken; or a file of weights with torchvision's names, `.safetensors` or `.pth`, for the
+            backbones, see `jaxcrf.compat.weights.load`.
 
     Raises:
         ValueError: if a stage or the validation names a split that is not in `data`, or a count is out of range.
@@ -660,9 +666,23 @@ def place_batch(batch: Batch, mesh: Mesh) -> dict[str, Any]:
 
 
 def _with_initial(model: nnx.Module, path: str | Path) -> nnx.Module:
-    """The model with the arrays of a saved one where path, shape and dtype agree."""
+    """The model with the arrays of a saved one where path, shape and dtype agree, or with a file's weights."""
     from jaxcrf.training.checkpoints import load_model
 
+    path = Path(path)
+    if path.is_file() or path.suffix in _WEIGHTS:
+        from jaxcrf.compat import weights
+
+        try:
+            weights.load(model, path)
+        except ValueError as error:
+            raise ValueError(f"initial: {error}") from error
+        return model
+    if not path.is_dir():
+        raise ValueError(
+            f"initial: {path} does not exist; expected the folder of a saved model or run, or a file of weights "
+            f"({', '.join(_WEIGHTS)})"
+        )
     source = load_model(path).model
     definition, state = nnx.split(model)
     ours, theirs = named_leaves(state), named_leaves(nnx.split(source)[1])

@@ -4,7 +4,7 @@
 |---|---|
 | `cross_entropy` | all five papers: "softmax loss", "pixel-wise cross entropy"; saliency is the case of two labels |
 | `auxiliary_cross_entropy` | ConvCRF, §5.3: the unary's own loss beside that of the CRF's output |
-| `pairwise_embedding` | dense Gaussian CRF, §4, second phase: the pairwise terms alone |
+| `pairwise_embedding`, `pairwise_edges` | dense Gaussian CRF, §4, second phase: the pairwise terms alone |
 | `expected_error`, `soft_iou`, `dice` | losses nearer to what is measured: accuracy, mIoU, overlap |
 
 Each is one scalar over all pixels that it is given, batch axes included. Arithmetic is at least float32
@@ -25,6 +25,7 @@ from jaxtyping import Float, Int, Num
 
 from jaxcrf import _checks
 from jaxcrf.filters.gram import EmbeddingKind
+from jaxcrf.filters.grid import OFFSETS, Connectivity, EdgeKind
 
 
 class _Targets(NamedTuple):
@@ -383,8 +384,100 @@ def pairwise_embedding(
     valid = counts.all(-1)
     ends = pick(found)
     ends = jnp.where(valid.reshape(*valid.shape, *[1] * (own + 1)), ends, 0)
-    energies = _general_energies if kind == "general" else _potts_energies
-    true_energy, log_partition = energies(ends, first, second, count, competitors)
+    if kind == "general":
+        # Full float32: the default precision of accelerators keeps 8 to 11 bits.
+        energies = jnp.einsum(
+            "bkmd,bknd->bkmn", ends[:, :, 0], ends[:, :, 1], precision=lax.Precision.HIGHEST
+        )
+        true_energy, log_partition = _general_terms(energies, first, second, competitors)
+    else:
+        products = jnp.sum(ends[:, :, 0] * ends[:, :, 1], axis=-1)
+        true_energy, log_partition = _potts_terms(products, first, second, count, competitors)
+    weights = valid.astype(found.dtype)
+    return _divide(jnp.sum(weights * (true_energy + log_partition)) * fault, weights.sum())
+
+
+def pairwise_edges(
+    edges: Float[Array, "..."],
+    labels: Int[Array, "*batch height width"],
+    *,
+    kind: EdgeKind,
+    connectivity: Connectivity,
+    num_labels: int | None = None,
+    competitors: Literal["any", "both"] = "any",
+    ignore_label: int | None = 255,
+) -> Float[Array, ""]:
+    r"""Trains the edges of a grid on their own: `pairwise_embedding` for sparse Gaussian CRFs.
+
+    The pairs of pixels are the ends of the edges, and the energy of the labels `m, n` is `W_e(m, n)` for general
+    edges; for Potts-type ones `w_e` if `m ≠ n` and 0 otherwise. The loss is that of `pairwise_embedding`, over all
+    edges whose ends both count.
+
+    Args:
+        edges: `[*batch, H, W, E, L, L]` for the general kind, `[*batch, H, W, E]` for Potts, `E = connectivity / 2`,
+            as `sparse_gaussian_crf` takes them.
+        labels: `[*batch, H, W]`, of the edges' resolution.
+        kind: "general" or "potts".
+        connectivity: 4, 8 or 12.
+        num_labels: `L`, for the Potts kind, whose edges do not say it.
+        competitors: "any" or "both", see `pairwise_embedding`.
+        ignore_label: the label of pixels that do not count; None for no such label.
+
+    Returns:
+        A scalar, at least float32: the mean over the edges that count.
+
+    Raises:
+        ValueError: if shapes disagree, a label is out of range, or an option is unknown.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> edges = jnp.array([[[9.0, 0.0], [-9.0, 0.0], [0.0, 0.0]]])  # the first two pixels alike, the third not
+        >>> pairwise_edges(edges, jnp.array([[0, 0, 1]]), kind="potts", connectivity=4, num_labels=2).round(3)  # ln 2
+        Array(0.693, dtype=float32)
+
+    References:
+        Chandra and Kokkinos, Fast, Exact and Multi-Scale Inference for Semantic Image Segmentation with Deep Gaussian
+        CRFs, 2016, for the model; Chandra, Usunier and Kokkinos, *Dense and Low-Rank Gaussian CRFs Using Deep
+        Embeddings*, 2017, §4, for the loss.
+    """
+    _check_option("kind", kind, ("general", "potts"))
+    _check_option("competitors", competitors, ("any", "both"))
+    if connectivity not in (4, 8, 12):
+        raise ValueError(f"connectivity: got {connectivity!r}; expected 4, 8 or 12")
+    found = _checks.as_float(edges)
+    offsets = OFFSETS[: connectivity // 2]
+    own = found.shape[-2:] if kind == "general" else ()
+    if found.shape != (*np.shape(labels), len(offsets), *own) or len(set(own)) > 1:
+        expected = "[*batch, H, W, E, L, L]" if kind == "general" else "[*batch, H, W, E]"
+        raise ValueError(
+            f"edges: got shape {found.shape} for labels of shape {np.shape(labels)}; expected {expected} for "
+            f"kind={kind!r}, E = {len(offsets)} and labels [*batch, H, W] of the same resolution"
+        )
+    if kind == "general":
+        if num_labels not in (None, own[0]):
+            raise ValueError(f"num_labels: got {num_labels}, but the edges have {own[0]} labels")
+        num_labels = own[0]
+    elif num_labels is None:
+        raise ValueError("num_labels: got None; kind='potts' needs the number of labels")
+    count = _checks.check_num_labels(num_labels)
+    truth = _checks.check_labels("labels", labels, count, ignore_label)
+    height, width = truth.shape[-2:]
+    counts = jnp.ones(truth.shape, bool) if ignore_label is None else truth != ignore_label
+    fault = _fault(truth, counts, count) if _traced(labels) else 1.0
+    # Outside of the image there is a label that does not count.
+    inside = jnp.where(counts, truth, -1)
+    padded = jnp.pad(inside, [(0, 0)] * (inside.ndim - 2) + [(2, 2)] * 2, constant_values=-1)
+    second = jnp.stack(
+        [padded[..., 2 + dy : 2 + dy + height, 2 + dx : 2 + dx + width] for dy, dx in offsets], axis=-1
+    )
+    first = jnp.broadcast_to(inside[..., None], second.shape)
+    valid = (first >= 0) & (second >= 0)
+    first, second = (jnp.where(valid, labels_of, 0) for labels_of in (first, second))
+    found = jnp.where(valid.reshape(*valid.shape, *[1] * len(own)), found, 0)
+    if kind == "general":
+        true_energy, log_partition = _general_terms(found, first, second, competitors)
+    else:
+        true_energy, log_partition = _potts_terms(found, first, second, count, competitors)
     weights = valid.astype(found.dtype)
     return _divide(jnp.sum(weights * (true_energy + log_partition)) * fault, weights.sum())
 
@@ -626,12 +719,11 @@ def _places(pairs: Any, batch: tuple[int, ...], pixels: int) -> Array:
     return jnp.broadcast_to(places, (*batch, *places.shape[-2:])).reshape(-1, *places.shape[-2:])
 
 
-def _general_energies(
-    ends: Array, first: Array, second: Array, num_labels: int, competitors: str
+def _general_terms(
+    energies: Float[Array, "*pairs labels labels"], first: Array, second: Array, competitors: str
 ) -> tuple[Array, Array]:
     """The energy of the true labels, and the logarithm of the sum over all that compete."""
-    # Full float32: the default precision of accelerators keeps 8 to 11 bits.
-    energies = jnp.einsum("bkmd,bknd->bkmn", ends[:, :, 0], ends[:, :, 1], precision=lax.Precision.HIGHEST)
+    num_labels = energies.shape[-1]
     own_first = (first[..., None] == jnp.arange(num_labels))[..., :, None]
     own_second = (second[..., None] == jnp.arange(num_labels))[..., None, :]
     true = own_first & own_second
@@ -640,11 +732,10 @@ def _general_energies(
     return jnp.where(true, energies, 0).sum((-2, -1)), log_partition
 
 
-def _potts_energies(
-    ends: Array, first: Array, second: Array, num_labels: int, competitors: str
+def _potts_terms(
+    unlike_energy: Float[Array, "*pairs"], first: Array, second: Array, num_labels: int, competitors: str
 ) -> tuple[Array, Array]:
-    """As `_general_energies`. There are two energies only, 0 and `⟨A_p, A_q⟩`: competitors are counted."""
-    unlike_energy = jnp.sum(ends[:, :, 0] * ends[:, :, 1], axis=-1)
+    """As `_general_terms`. There are two energies only, 0 and that of unlike labels: competitors are counted."""
     same = first == second
     L = num_labels
     if competitors == "any":

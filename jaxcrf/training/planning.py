@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcrf.models.operations import count_operations
 from jaxcrf.training.loop import Experiment, check_batches, place_batch
 from jaxcrf.training.steps import Template, data_mesh, init_state, make_step, replicate, with_optimizers
 from jaxcrf.training.updates import select
@@ -21,14 +22,14 @@ class UpdatePlan:
         trained: numbers that it changes.
         arguments: bytes of the parameters, this update's optimiser and a batch on one device.
         temporaries: further bytes on one device while the step runs, as the compiler counts them.
-        operations: floating-point operations of a step on one device, as the compiler counts them (the CPU's
-            counts nothing inside its own convolutions and loops); None if it does not.
+        operations: floating-point operations of a step on one device, forward and backward, as
+            `jaxcrf.models.operations.count_operations` counts them.
     """
 
     trained: int
     arguments: int
     temporaries: int
-    operations: float | None
+    operations: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,13 +102,13 @@ def plan(experiment: Experiment, *, num_devices: int | None = None) -> Plan:
                 continue
             step = make_step(template, update, mesh=mesh, **experiment.step_options)
             placed = replicate(with_optimizers(state, {update.name: update}), mesh)
-            compiled = step.lower(placed, batches[stage.split]).compile()  # type: ignore[attr-defined]
-            memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+            traced = step.trace(placed, batches[stage.split])  # type: ignore[attr-defined]
+            memory = traced.lower().compile().memory_analysis()
             updates[update.name] = UpdatePlan(
                 trained=sum(state.params[path].size for path in select(state.params, update.trainable)),
                 arguments=memory.argument_size_in_bytes,
                 temporaries=memory.temp_size_in_bytes,
-                operations=cost.get("flops"),
+                operations=count_operations(traced.jaxpr).flops,
             )
     first = next(iter(batches.values()))
     image = jax.ShapeDtypeStruct(first["image"].shape, jnp.asarray(np.zeros((), np.uint8)).dtype)

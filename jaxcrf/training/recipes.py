@@ -97,7 +97,7 @@ def camvid_unary(root: str | Path, *, seed: int = 0, scale: str | Scale = "cpu")
     schedule = warmup(polynomial_decay(size.learning_rate, steps, 0.9), max(1, min(100, steps // 5)))
     update = Update(
         "unary",
-        objectives.unary(class_weights=_mild_weights(pictures)),
+        objectives.unary(class_weights=mild_class_weights(pictures)),
         optax.chain(optax.clip_by_global_norm(5.0), adam(schedule, weight_decay=1e-4)),
         trainable=("unary/*",),
     )
@@ -158,7 +158,7 @@ def camvid_crf(
     steps = size.crf_epochs * data["held_out"].steps_per_epoch
     update = Update(
         "crf",
-        objectives.segmentation(class_weights=_mild_weights(held_out)),
+        objectives.segmentation(class_weights=mild_class_weights(held_out)),
         optax.adam(polynomial_decay(3e-2, steps, 0.9)),
         trainable=("crf/*",),
         # A pixel's own feature sees few images; at the full rate Adam would follow their noise.
@@ -204,6 +204,25 @@ def camvid_splits(
     return rest, held_out, val
 
 
+def mild_class_weights(folder: SegmentationFolder) -> np.ndarray:
+    """Square roots of the inverse frequencies, with mean one: half-way between all pixels and all labels alike.
+
+    Args:
+        folder: the images whose labels are counted.
+
+    Returns:
+        One weight per label, as losses take them.
+
+    Example:
+        >>> mild_class_weights(open_folder("CamVid", "train", "camvid"))  # doctest: +SKIP
+    """
+    counts = np.zeros(folder.num_labels)
+    for _, labels in folder:
+        counts += np.bincount(labels[labels != folder.ignore_label], minlength=folder.num_labels)
+    weights = np.sqrt(class_weights(counts, kind="inverse_frequency"))
+    return weights / weights.mean()
+
+
 # What `jaxcrf train --experiment NAME` makes of a data folder.
 RECIPES: dict[str, Callable[..., Experiment]] = {"camvid_unary": camvid_unary}
 
@@ -224,15 +243,6 @@ def _shape(folder: SegmentationFolder) -> tuple[int, int]:
 
 def _evaluated(folder: SegmentationFolder, shape: tuple[int, int]) -> Pipeline:
     return Pipeline(folder, batch_size=min(4, len(folder)), size=shape)
-
-
-def _mild_weights(folder: SegmentationFolder) -> np.ndarray:
-    """Square roots of the inverse frequencies, with mean one: half-way between all pixels and all labels alike."""
-    counts = np.zeros(folder.num_labels)
-    for _, labels in folder:
-        counts += np.bincount(labels[labels != folder.ignore_label], minlength=folder.num_labels)
-    weights = np.sqrt(class_weights(counts, kind="inverse_frequency"))
-    return weights / weights.mean()
 
 
 def _model(size: Scale, variant: Variant, shape: tuple[int, int], *, learned: bool) -> ModelConfig:

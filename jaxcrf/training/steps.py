@@ -13,7 +13,8 @@ from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxcrf.metrics import confusion_matrix
-from jaxcrf.training.updates import Batch, Outcome, Update, is_key, named_leaves, select, split, with_leaves
+from jaxcrf.models.parameters import is_key, named_leaves, split, with_leaves
+from jaxcrf.training.updates import Batch, Outcome, Update, select
 
 DATA_AXIS = "data"
 

@@ -6,7 +6,6 @@ import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
-import jax
 import optax
 from flax import nnx
 from jax import Array
@@ -135,54 +134,3 @@ def select(
                 f"such as {', '.join(near)}"
             )
     return tuple(path for path in paths if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns))
-
-
-def split(model: nnx.Module) -> tuple[Any, Any, Any]:
-    """A module's definition, its parameters and what else it holds, as NNX states.
-
-    Example:
-        >>> definition, params, variables = split(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
-        >>> list(named_leaves(params)), list(named_leaves(variables))
-        (['bias', 'scale'], ['mean', 'var'])
-    """
-    parts: Any = nnx.split(model, nnx.Param, ...)
-    return parts
-
-
-def named_leaves(state: Any) -> dict[str, Array]:
-    """The arrays of an NNX state by their paths.
-
-    Example:
-        >>> _, state = nnx.split(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
-        >>> {path: leaf.shape for path, leaf in named_leaves(state).items()}
-        {'bias': (3,), 'kernel': (2, 3)}
-    """
-    return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
-
-
-def with_leaves(state: Any, leaves: Mapping[str, Array]) -> Any:
-    """The NNX state with other arrays: the inverse of `named_leaves`.
-
-    Example:
-        >>> _, state = nnx.split(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
-        >>> import jax.numpy as jnp
-        >>> with_leaves(state, {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)})["bias"][...]
-        Array([1., 1., 1.], dtype=float32)
-    """
-    return jax.tree.map_with_path(lambda path, _: leaves[_name(path)], state)
-
-
-def is_key(leaf: Any) -> bool:
-    """Whether an array holds random keys, which are stored as the integers they consist of.
-
-    Example:
-        >>> is_key(jax.random.key(0)), is_key(jax.random.key_data(jax.random.key(0)))
-        (True, False)
-    """
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    keys = (getattr(key, "key", getattr(key, "name", None)) for key in path)
-    # The last key is a Variable's own attribute, which holds its array.
-    return "/".join(str(key) for key in keys).removesuffix("/value")

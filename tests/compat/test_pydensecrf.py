@@ -27,7 +27,7 @@ WIDTH, HEIGHT, LABELS = 6, 5, 3
 PIXELS = WIDTH * HEIGHT
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("image", ["2007_000129", "2007_000847"])
 @pytest.mark.parametrize("name", ["after", "before", "matrix", "none", "readme", "vector"])
 def test_marginals_and_divergences_are_the_original_s(golden_dir, image, name):
@@ -89,7 +89,13 @@ def meaning(compat):
 @pytest.mark.parametrize("kind", NORMALIZATIONS)
 @pytest.mark.parametrize(
     ("first", "second"),
-    [(2.0, 3.0), (-1.0, 0.0), (np.array([-1.0, 0.5, -2.0]), 1), (0.5, MATRIX), (MATRIX.tolist(), [1, 2, -1])],
+    [
+        pytest.param(2.0, 3.0, marks=pytest.mark.exhaustive),
+        (-1.0, 0.0),
+        (np.array([-1.0, 0.5, -2.0]), 1),
+        (0.5, MATRIX),
+        (MATRIX.tolist(), [1, 2, -1]),
+    ],
 )
 def test_updates_and_divergence_are_those_of_a_float64_loop(kind, first, second):
     energy, image = example()
@@ -263,6 +269,7 @@ def test_arrays_of_any_kind_are_taken(convert):
     assert crf.klDivergence(convert(expected)) == pytest.approx(crf.klDivergence(expected))
 
 
+@pytest.mark.exhaustive
 def test_whole_numbers_of_any_kind_are_taken():
     crf = dcrf.DenseCRF2D(np.int64(WIDTH), np.int32(HEIGHT), np.uint8(LABELS))
     crf.setUnaryEnergy(np.arange(LABELS * PIXELS).reshape(LABELS, -1) % 5)
@@ -271,6 +278,7 @@ def test_whole_numbers_of_any_kind_are_taken():
     assert np.isfinite(crf.inference(np.int64(2))).all()
 
 
+@pytest.mark.exhaustive
 def test_one_pixel_one_label_and_an_image_of_one_colour():
     crf = dcrf.DenseCRF2D(1, 1, 1)
     crf.setUnaryEnergy([[3.0]])
@@ -756,7 +764,7 @@ def check_result(path, expected, printed):
         assert np.all(np.diff(run) < 1e-3 * abs(run[0]))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_example_runs_with_other_imports(pictures, tmp_path, monkeypatch, capsys):
     arguments, expected = pictures
     script = tmp_path / "example.py"
@@ -766,7 +774,7 @@ def test_the_example_runs_with_other_imports(pictures, tmp_path, monkeypatch, ca
     check_result(arguments[2], expected, capsys.readouterr().out)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_example_runs_unchanged_under_the_old_name(pictures, tmp_path):
     arguments, expected = pictures
     script = tmp_path / "aliased.py"

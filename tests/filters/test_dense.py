@@ -27,7 +27,7 @@ def bilateral(*spatial, seed=0):
 
 
 class TestDense(FilterSuite):
-    SLOW_CASES: ClassVar = ("positions and colours", "before", "volume")
+    FURTHER_CASES: ClassVar = ("positions and colours", "before", "volume")
     CASES: ClassVar = {
         "five features": lambda: Dense(features(5, 7, 5), weights=1.5),
         "no feature": lambda: Dense(np.zeros((3, 4, 0), np.float32)),
@@ -59,7 +59,7 @@ def test_it_is_the_sum_over_all_pairs(cutoff):
     assert_close(Dense(kernels, weights=weights, cutoff=cutoff)(q).reshape(42, -1), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_photograph_agrees_with_float64_to_1e_5(data_dir):
     image = jaxcrf.data.read_image(next((data_dir / "voc_sample").rglob("2007_000129.jpg")))[100:196, 150:278]
     q = np.random.default_rng(0).dirichlet(np.ones(21), image.shape[:2]).astype(np.float32)

@@ -37,7 +37,7 @@ def photograph(height, width):
 class TestLandmark(FilterSuite):
     # Gradients are taken in the leaves of the built filter, of which the landmarks are one: as functions of
     # the features they are constants to a gradient and not to a finite difference.
-    SLOW_CASES: ClassVar = ("one colour", "three kernels", "batches that broadcast", "volume")
+    FURTHER_CASES: ClassVar = ("one colour", "three kernels", "batches that broadcast", "volume")
     CASES: ClassVar = {
         "cells that do not fit": lambda: Landmark(colored(5, 7, bandwidth=(17.0, 33.0)), num_landmarks=6),
         "bare": lambda: Landmark(features(5, 7, 5), num_landmarks=9, weights=1.5),
@@ -98,6 +98,7 @@ class TestAccuracy:
         # One feature of a few bandwidths is represented to rounding, but at the few pixels beyond the landmarks.
         assert np.median(np.abs(found / expected - 1)) < 1e-5
 
+    @pytest.mark.exhaustive
     def test_more_landmarks_are_more_exact(self):
         f = jaxcrf.bilateral_features(photograph(40, 52), 12, 20)
         exact = gaussian_matrix(np.asarray(f.values).reshape(-1, 5))

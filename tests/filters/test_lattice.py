@@ -26,7 +26,7 @@ class TestLattice(FilterSuite):
         "shared and batched": ((features(4, 5, 2), features(2, 4, 5, 3)), {}),
         "volume": ((features(2, 3, 4, 4),), {"spatial_ndim": 3}),
     }
-    SLOW_CASES: ClassVar = ("both orders", "shared and batched", "volume")
+    FURTHER_CASES: ClassVar = ("five features", "both orders", "shared and batched", "volume")
     CASES: ClassVar = {
         name: lambda arguments=arguments: Lattice(arguments[0], **arguments[1])
         for name, arguments in ARGUMENTS.items()
@@ -52,7 +52,7 @@ def test_it_is_a_plain_lattice(d, reverse):
 
 
 @pytest.mark.parametrize("scaling", ["continuous", "gaussian"])
-@pytest.mark.parametrize("d", [1, 2, 3, 4])
+@pytest.mark.parametrize("d", [1, *(pytest.param(d, marks=pytest.mark.exhaustive) for d in (2, 3)), 4])
 def test_a_constant_is_summed_as_the_gaussian_does(d, scaling):
     # Evenly spread features, far from their border: the sum is (2π)^{d/2} times their density.
     side = {1: 400, 2: 60, 3: 26, 4: 14}[d]
@@ -66,6 +66,7 @@ def test_a_constant_is_summed_as_the_gaussian_does(d, scaling):
     np.testing.assert_allclose(sums[middle][:20], exact, rtol=0.05)
 
 
+@pytest.mark.exhaustive
 def test_the_gaussian_scaling_makes_up_for_holes():
     # In five dimensions most vertices around a pixel do not exist.
     f = jaxcrf.bilateral_features(smooth_photograph(40, 52), 12, 20)
@@ -167,6 +168,7 @@ class TestCapacity:
         assert np.isnan(message).all()
         assert overflowed
 
+    @pytest.mark.exhaustive
     def test_one_overflowing_image_does_not_spoil_the_others(self):
         calm, busy = np.zeros((6, 7, 3), np.float32), 9 * features(6, 7, 3)
         message = jax.jit(lambda f: Lattice(f, capacity=20)(jnp.ones((6, 7, 1))))(np.stack([calm, busy]))

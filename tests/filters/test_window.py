@@ -29,7 +29,7 @@ def bank(shape, filter_size, *, batch=(), channels=3, blur=1, kind="none"):
 
 
 class TestWindow(FilterSuite):
-    SLOW_CASES: ClassVar = (
+    FURTHER_CASES: ClassVar = (
         "smoothness",
         "bank, rectangular window",
         "bank, before",

@@ -82,6 +82,7 @@ def test_iterations_are_those_of_scipy():
     assert int(stats.iterations) == len(counted)
 
 
+@pytest.mark.exhaustive
 def test_a_good_start_saves_iterations_and_a_bad_one_does_no_harm():
     a, b = matrix(30), random(N, seed=1)
     exact = np.linalg.solve(a, b)
@@ -139,6 +140,7 @@ def test_operators_that_are_not_definite_are_reported():
         assert np.isfinite(x).all()
 
 
+@pytest.mark.exhaustive
 def test_unreachable_tolerances_are_reported_with_what_was_reached():
     a, b = matrix(1e5), random(N, seed=1)
     _, stats = jaxcrf.conjugate_gradient(times(a), b, tolerance=0.0)
@@ -227,6 +229,7 @@ def test_a_filter_is_compiled_once_per_shape():
     assert _solve_filtered._cache_size() == before + 1
 
 
+@pytest.mark.exhaustive
 def test_label_operators_are_operators_too():
     K, b = Gram(random(3, 4, 2, 5), kind="general"), random(3, 4, 2, seed=1)
     x, stats = jaxcrf.conjugate_gradient(lambda x: K(x) + 2 * x, b)

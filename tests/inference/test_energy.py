@@ -106,12 +106,14 @@ class TestDescent:
         assert np.linalg.eigvalsh(dense_matrix(K)).min() > 0
         assert_decreasing(energies_along_the_way(self.u, K))
 
+    @pytest.mark.exhaustive
     def test_damped_updates_descend_for_any_filter(self):
         # A repulsive filter makes parallel updates oscillate; damping by 1 - 1/(1 + |λ|) does not.
         K = self.K.replace(weights=-self.K.weights)
         largest = np.abs(np.linalg.eigvalsh(dense_matrix(K))).max()
         assert_decreasing(energies_along_the_way(self.u, K, damping=1 - 1 / (1 + largest)))
 
+    @pytest.mark.exhaustive
     def test_undamped_updates_need_not_descend(self):
         K = self.K.replace(weights=-self.K.weights)
         assert np.diff(energies_along_the_way(self.u, K)).max() > 1e-2

@@ -87,6 +87,7 @@ def test_it_is_the_float64_loop(step, step_size, regularizer, weight):
     np.testing.assert_allclose(found.stats.energies, energies, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("compatibility", [np.float32(0.7), np.array([0.5, 1, 0.1], np.float32), MATRIX])
 def test_entropy_of_weight_one_and_full_steps_are_mean_field(compatibility):
     u = random(*SHAPE, LABELS, scale=2)

@@ -228,7 +228,7 @@ def test_the_backward_pass_reuses_the_factorisation():
         len(re.findall(r"= cholesky\b", str(jax.make_jaxpr(f)(random(4, 5, 3)))))
         for f in (value, jax.grad(value))
     ]
-    assert counts == [2, 2]  # of the mean and of the deviations
+    assert counts == [1, 1]  # of the mean and of the deviations, at once
 
 
 @pytest.mark.parametrize("solver", ["cg", "direct"])
@@ -338,6 +338,7 @@ def test_unknown_options_are_named():
         jaxcrf.gaussian_crf(e, b, **options)
 
 
+@pytest.mark.exhaustive
 def test_it_runs_on_parts_of_a_batch():
     # One device is enough for the types to be checked.
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))

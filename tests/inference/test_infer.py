@@ -181,7 +181,7 @@ print("two devices agree")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sharded_batch_is_a_loop(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", SHARDED],

@@ -47,7 +47,7 @@ def options_of(kind):
 
 
 class TestSparseGaussianCRF(SolverSuite):
-    SLOW_CASES: ClassVar = ("cg, general, 12", "direct, potts, 12", "cg, centered, 8")
+    FURTHER_CASES: ClassVar = ("cg, potts, 4", "cg, general, 12", "direct, potts, 12", "cg, centered, 8")
     CASES: ClassVar = {
         f"{solver}, {kind}, {connectivity}": {"solver": solver, "kind": kind, "connectivity": connectivity}
         for solver, kind, connectivity in (
@@ -146,7 +146,13 @@ def test_indefinite_systems_are_reported_by_cg(kind):
         assert not bool(stats.converged)
 
 
-@pytest.mark.parametrize(("kind", "connectivity"), [("potts", 8), ("general", 12), ("centered", 4)])
+@pytest.mark.parametrize(
+    ("kind", "connectivity"),
+    [
+        ("potts", 8),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (("general", 12), ("centered", 4))),
+    ],
+)
 def test_dominated_edges_are_always_definite(kind, connectivity):
     b = random(5, 6, 3, seed=1)
     options = {"connectivity": connectivity, "regularization": 0.5, **options_of(kind)}
@@ -174,6 +180,7 @@ def test_dominated_edges_are_always_definite(kind, connectivity):
     assert_close(solve(edges).scores, unscaled, 1e-6)
 
 
+@pytest.mark.exhaustive
 def test_centered_terms_have_the_probabilities_of_potts_terms():
     edges, b = random_edges("potts", (5, 6), 8, 4), random(5, 6, 4, seed=1)
     options = {"kind": "potts", "connectivity": 8, "regularization": 1.2 * needed("potts", edges, 4)}
@@ -242,6 +249,7 @@ def test_memory_of_cg_is_that_of_the_edges():
     assert compiled.memory_analysis().temp_size_in_bytes <= 4 * edges.nbytes + 30 * b.nbytes
 
 
+@pytest.mark.exhaustive
 def test_dense_then_sparse_is_two_solves():
     e, edges, b = random(4, 5, 2), 0.1 * random_edges("potts", (4, 5), 8, 3), random(4, 5, 3, seed=1)
     strongest = np.linalg.norm(e.reshape(-1, 2).astype(np.float64), 2) ** 2
@@ -313,6 +321,7 @@ def test_unknown_options_are_named():
         jaxcrf.sparse_gaussian_crf(edges, b, **options)
 
 
+@pytest.mark.exhaustive
 def test_it_runs_on_parts_of_a_batch():
     # One device is enough for the types to be checked.
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))

@@ -43,7 +43,7 @@ IMPLEMENTATIONS = [
     for name in message.operation.implementations[1:]
 ]
 INTERPRETED = [
-    pytest.param(*one.values, id=one.id, marks=pytest.mark.slow if one.values[1] in FEW_CASES else [])
+    pytest.param(*one.values, id=one.id, marks=pytest.mark.exhaustive if one.values[1] in FEW_CASES else [])
     for one in IMPLEMENTATIONS
 ]
 CASES = [
@@ -52,7 +52,9 @@ CASES = [
         name,
         case,
         id=f"{message.name}-{name}-{case.name}",
-        marks=[] if case.name in (FEWEST_CASES if name in FEW_CASES else LEAST_CASES) else pytest.mark.slow,
+        marks=[]
+        if case.name in (FEWEST_CASES if name in FEW_CASES else LEAST_CASES)
+        else pytest.mark.exhaustive,
     )
     for message in MESSAGES.values()
     for name in message.operation.implementations[1:]

@@ -130,6 +130,7 @@ def smooth_image(height, width):
     return 255 * (image - image.min()) / np.ptp(image)
 
 
+@pytest.mark.exhaustive
 def test_it_is_exact_on_an_image():
     height, width, labels = 96, 128, 4
     positions = np.indices((height, width)).reshape(2, -1).T
@@ -261,7 +262,7 @@ print("four devices agree")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sharded_batch_is_a_loop(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", SHARDED],

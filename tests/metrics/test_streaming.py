@@ -93,6 +93,7 @@ print("four devices agree")
 """
 
 
+@pytest.mark.slow
 def test_the_sum_over_devices_is_that_of_one():
     done = subprocess.run(
         [sys.executable, "-c", DEVICES],

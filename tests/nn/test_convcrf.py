@@ -14,7 +14,7 @@ nnx = pytest.importorskip("flax.nnx")
 optax = pytest.importorskip("optax")
 
 from jaxcrf.nn import ConvCRF  # noqa: E402  (needs flax)
-from jaxcrf.nn.convcrf import _infer  # noqa: E402
+from jaxcrf.nn.mean_field import infer  # noqa: E402
 from jaxcrf.training import losses  # noqa: E402
 
 LABELS = 3
@@ -67,8 +67,8 @@ def names(layer):
     ("name", "variant"),
     [
         ("convcrf", ""),
-        pytest.param("convcrf", "+CT", marks=pytest.mark.slow),
-        pytest.param("convcrf_reference", "+C", marks=pytest.mark.slow),
+        pytest.param("convcrf", "+CT", marks=pytest.mark.exhaustive),
+        pytest.param("convcrf_reference", "+C", marks=pytest.mark.exhaustive),
         ("densecrf", "+T"),
     ],
 )
@@ -161,9 +161,9 @@ def oracle(images, logits, parameters, preset):
 @pytest.mark.parametrize(
     ("variant", "axes"),
     [
-        ("", "scalar"),
-        pytest.param("+C", "per axis", marks=pytest.mark.slow),
-        pytest.param("+T", "scalar", marks=pytest.mark.slow),
+        pytest.param("", "scalar", marks=pytest.mark.exhaustive),
+        pytest.param("+C", "per axis", marks=pytest.mark.exhaustive),
+        pytest.param("+T", "scalar", marks=pytest.mark.exhaustive),
         ("+CT", "per axis"),
     ],
 )
@@ -205,7 +205,7 @@ def test_values_and_gradients_are_those_of_float64_loops(variant, axes):
 
 
 @pytest.mark.parametrize(
-    "variant", ["", *(pytest.param(v, marks=pytest.mark.slow) for v in ("+T", "+C")), "+CT"]
+    "variant", [*(pytest.param(v, marks=pytest.mark.exhaustive) for v in ("", "+T", "+C")), "+CT"]
 )
 def test_a_batch_is_a_loop_and_every_parameter_is_reached(variant):
     preset = dataclasses.replace(jaxcrf.presets.get("convcrf"), num_iterations=2, filter_size=3)
@@ -256,7 +256,7 @@ def test_options_reach_mean_field():
     assert np.abs(result.probs - create("", num_iterations=3).infer(images, logits).probs).max() > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_at_convergence_both_gradients_are_the_same():
     images, logits = example()
     weak = dataclasses.replace(TINY, position_weight=0.05, bilateral_weight=0.05, num_iterations=30)
@@ -288,10 +288,10 @@ def test_new_parameters_compile_nothing_anew():
     layer = create("+CT")
     layer(images, logits)
     assert not any(leaf.weak_type for leaf in names(layer).values())
-    before = _infer._cache_size()
+    before = infer._cache_size()
     # A seed that no other test has compiled for.
     moved(layer, seed=7)(images, logits)
-    assert _infer._cache_size() == before
+    assert infer._cache_size() == before
 
 
 def test_trained_features_are_positions_at_first():
@@ -304,7 +304,7 @@ def test_trained_features_are_positions_at_first():
     np.testing.assert_array_equal(create("+C").compatibility[...], 1 - np.eye(LABELS))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_more_freedom_fits_better():
     # Labels 0 and 1 take turns in columns, each column of one colour: neither Potts nor Gaussians of positions can
     # know that neighbours differ, learned compatibilities can.

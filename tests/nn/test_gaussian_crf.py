@@ -46,7 +46,13 @@ LAYERS = {
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
-@every_layer
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n in ("potts", "sparse general") else pytest.mark.exhaustive)
+        for n in LAYERS
+    ],
+)
 def test_every_parameter_is_reached_and_any_size_and_batch_will_do(name):
     layer = LAYERS[name](nnx.Rngs(0), learn_regularization=True)
 
@@ -110,7 +116,7 @@ def test_systems_stay_definite_whatever_is_learned(name):
     assert bool(stats.definite)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_layer_learns_which_pixels_belong_together():
     # Two interleaved groups of pixels, known by their features; the unary of a group is right on average only.
     rng = np.random.default_rng(0)
@@ -135,6 +141,13 @@ def test_a_layer_learns_which_pixels_belong_together():
     before, after = (np.mean(x.argmax(-1) == group) for x in (unary[8:], held_out))
     assert before < 0.8
     assert after > 0.95
+
+
+def test_a_learned_regularization_begins_as_it_is_and_compiles_once():
+    layer = GaussianCRF(CHANNELS, LABELS, regularization=3.0, learn_regularization=True, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(layer.regularization, 3.0, rtol=1e-6)
+    # The first update would make a weak type a strong one, and a new program of every step.
+    assert not layer.regularization_logit[...].weak_type
 
 
 def test_bad_arguments_are_named():

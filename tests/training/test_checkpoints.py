@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import re
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 from flax import nnx
 
 import training_suite
-from jaxcrf import models
 from jaxcrf.training import (
     Checkpoints,
     Run,
@@ -19,7 +17,6 @@ from jaxcrf.training import (
     init_state,
     load_model,
     make_step,
-    save_model,
     with_optimizers,
 )
 from processes import run_program
@@ -153,6 +150,7 @@ def run(program, folder):
     return outcome.stdout
 
 
+@pytest.mark.slow
 def test_damaged_and_unfinished_checkpoints(tmp_path):
     said = run(DAMAGED, tmp_path / "checkpoints")
     assert "latest: 2" in said
@@ -174,66 +172,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_half_of_nothing(tmp_path)
         assert_same(flat(found), dict(expected))
 
 
-@pytest.fixture(scope="module")
-def model():
-    return models.create("small_fcn", 3, width=4, blocks=[0, 0, 0], rngs=nnx.Rngs(0))
-
-
-def test_models_are_saved_with_all_that_is_known(tmp_path, model):
-    path = tmp_path / "deep" / "model"
-    save_model(
-        path,
-        model,
-        label_names=("sky", "road", "car"),
-        ignore_label=254,
-        figures={"mean_iou": 0.51},
-        notes="Made for a test.",
-    )
-    saved = load_model(path)
-    assert saved.label_names == ("sky", "road", "car")
-    assert saved.ignore_label == 254
-    assert saved.description["figures"] == {"mean_iou": 0.51}
-    assert saved.model.config == model.config
-    images = np.random.default_rng(0).integers(0, 256, (1, 17, 23, 3)).astype(np.uint8)
-    model.eval()
-    np.testing.assert_array_equal(saved.model(images), model(images))
-    card = (path / "README.md").read_text()
-    for text in ("Made for a test.", "| mean_iou | 0.5100 |", "1 road", "small_fcn", "load_model"):
-        assert text in card
-    assert [entry.name for entry in path.parent.iterdir()] == ["model"]
-
-
-def test_models_are_not_overwritten_by_accident(tmp_path, model):
-    save_model(tmp_path / "model", model)
-    with pytest.raises(ValueError, match="exists already"):
-        save_model(tmp_path / "model", model)
-    save_model(tmp_path / "model", model, label_names=("a", "b", "c"), overwrite=True)
-    assert load_model(tmp_path / "model").label_names == ("a", "b", "c")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
-
-
-def test_models_of_other_classes_are_made_by_the_caller(tmp_path):
-    network = Network(nnx.Rngs(5))
-    save_model(tmp_path / "model", network)
-    with pytest.raises(ValueError, match="pass create="):
-        load_model(tmp_path / "model")
-    saved = load_model(tmp_path / "model", create=Network)
-    np.testing.assert_array_equal(saved.model.body.kernel[...], network.body.kernel[...])
-    with pytest.raises(ValueError, match=r"(?s)another model.*params/body/kernel: .*one too many"):
-        load_model(tmp_path / "model", create=lambda rngs: nnx.Conv(3, 6, (1, 1), rngs=rngs))
-
-
-def test_what_is_no_model(tmp_path, model):
+def test_what_is_neither_a_model_nor_a_run(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         load_model(tmp_path / "missing")
     with pytest.raises(ValueError, match=r"neither model\.json"):
         load_model(tmp_path)
-    save_model(tmp_path / "model", model)
-    description = json.loads((tmp_path / "model" / "model.json").read_text())
-    description["model"]["name"] = "smal_fcn"
-    (tmp_path / "model" / "model.json").write_text(json.dumps(description))
-    with pytest.raises(ValueError, match="did you mean 'small_fcn'"):
-        load_model(tmp_path / "model")
-    (tmp_path / "model" / "model.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        load_model(tmp_path / "model")

@@ -68,6 +68,7 @@ class Interrupting(Squares):
 
 
 # Runs that are compared bit for bit are compiled alike, that of the module's fixture included.
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize(
     ("number", "raised"),
@@ -94,6 +95,7 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path, whole, number, raised):
     assert [row["step"] for row in rows if "loss" in row] == [3, 6, 7, 9, 12]
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_a_finished_run_only_evaluates(whole):
     run, folder = whole
@@ -134,6 +136,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path):
     assert max(int(entry.name[5:]) for entry in (tmp_path / "checkpoints").glob("step_*")) == 3
 
 
+@pytest.mark.slow
 def test_arrays_of_another_run_to_begin_with(tmp_path):
     options = {"width": 4, "blocks": [0, 0, 0]}
     trained = ModelConfig.of("small_fcn", 3, **options).create(nnx.Rngs(7))

@@ -1,6 +1,7 @@
 """Losses, against float64 loops over pixels and finite differences of them."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -276,15 +277,19 @@ def pairwise_oracle(embeddings, labels, pairs, *, kind, num_labels, competitors)
                     return image[p, m] @ image[q, n]
                 return 0.0 if m == n else image[p] @ image[q]
 
-            competing = [
-                (m, n)
-                for m in range(num_labels)
-                for n in range(num_labels)
-                if competitors == "any" or (m, n) == (truth[p], truth[q]) or (m != truth[p] and n != truth[q])
-            ]
-            partition = sum(np.exp(-energy(m, n)) for m, n in competing)
-            terms.append(energy(truth[p], truth[q]) + np.log(partition))
+            terms.append(pair_oracle(energy, truth[p], truth[q], num_labels, competitors))
     return np.mean(terms)
+
+
+def pair_oracle(energy, first, second, num_labels, competitors):
+    """Minus the logarithm of the true labels' share."""
+    competing = [
+        (m, n)
+        for m in range(num_labels)
+        for n in range(num_labels)
+        if competitors == "any" or (m, n) == (first, second) or (m != first and n != second)
+    ]
+    return energy(first, second) + np.log(sum(np.exp(-energy(m, n)) for m, n in competing))
 
 
 @pytest.mark.parametrize("competitors", ["any", "both"])
@@ -312,6 +317,7 @@ def test_pairwise_embedding_is_a_loop_over_pairs(kind, num_labels, competitors):
     assert np.any(np.abs(gradient) > 1e-3) == ((kind, num_labels, competitors) != ("potts", 2, "both"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["general", "potts"])
 def test_pairwise_embedding_of_hard_cases(kind):
     labels = np.array([[0, 1, 0, 1]])
@@ -396,6 +402,41 @@ def test_class_weights_are_a_loop_over_images():
     assert found.dtype == np.float32
 
 
+@pytest.mark.parametrize(
+    ("kind", "connectivity", "competitors"),
+    [("potts", 12, "any"), ("general", 8, "both"), ("general", 4, "any")],
+)
+def test_pairwise_edges_is_a_loop_over_edges(kind, connectivity, competitors):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, (2, 3, 3))
+    labels[0, 1, 1] = IGNORE
+    offsets = [(0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0)][: connectivity // 2]
+    shape = (*labels.shape, len(offsets), *([3, 3] if kind == "general" else []))
+    edges = rng.normal(size=shape).astype(np.float32)
+    options = {"kind": kind, "connectivity": connectivity, "competitors": competitors}
+
+    def loss(edges):
+        return losses.pairwise_edges(edges, labels, num_labels=3, **options)
+
+    def oracle(edges):
+        terms = []
+        for image, y, x, (e, (dy, dx)) in itertools.product(range(2), range(3), range(3), enumerate(offsets)):
+            if not (0 <= y + dy < 3 and 0 <= x + dx < 3):
+                continue
+            first, second, weight = labels[image, y, x], labels[image, y + dy, x + dx], edges[image, y, x, e]
+            if IGNORE in (first, second):
+                continue
+            energy = lambda m, n, w=weight: w[m, n] if kind == "general" else w * (m != n)  # noqa: E731
+            terms.append(pair_oracle(energy, first, second, 3, competitors))
+        return np.mean(terms)
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(edges)
+    np.testing.assert_allclose(value, oracle(edges.astype(np.float64)), rtol=2e-6)
+    np.testing.assert_allclose(gradient, finite_differences(oracle, edges), atol=5e-7)
+    found = jax.jit(lambda labels: losses.pairwise_edges(edges, labels, num_labels=3, **options))(labels + 7)
+    assert np.isnan(found)
+
+
 def test_labels_are_subsampled_as_networks_sample():
     labels = np.arange(2 * 17 * 25).reshape(2, 17, 25)
     np.testing.assert_array_equal(
@@ -433,6 +474,10 @@ def test_bad_arguments_are_named():
         losses.pairwise_embedding(logits, labels, pairs, kind="potts")
     with pytest.raises(ValueError, match=r"embeddings: got shape .* expected \[\*batch, H, W, L, D\]"):
         losses.pairwise_embedding(logits, labels, pairs, kind="general")
+    with pytest.raises(ValueError, match=r"edges: got shape .* expected \[\*batch, H, W, E\] .* E = 2"):
+        losses.pairwise_edges(logits, labels, kind="potts", connectivity=4, num_labels=4)
+    with pytest.raises(ValueError, match="connectivity: got 6"):
+        losses.pairwise_edges(logits, labels, kind="potts", connectivity=6, num_labels=4)
     with pytest.raises(ValueError, match="pairs: holds a place out of range; expected 0 to 14"):
         losses.pairwise_embedding(logits, labels, pairs + 14, kind="potts", num_labels=4)
     with pytest.raises(ValueError, match=r"pairs: got shape \(3, 1, 2\); expected batch axes \(2,\)"):

@@ -84,7 +84,7 @@ def test_candidates_are_those_of_a_loop_whatever_the_padding(monkeypatch):
     assert len({trial.score for trial in found.trials}) > 1
 
 
-@pytest.mark.parametrize("blur", [1, 2])
+@pytest.mark.parametrize("blur", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_candidates_of_convcrf_are_those_of_refine(examples, blur):
     base = dataclasses.replace(WINDOW, blur=blur)
     space = {"bilateral_weight": [0.0, 0.1, 0.4], "bilateral_color_bandwidth": [12, 40]}
@@ -100,6 +100,7 @@ def test_candidates_of_convcrf_are_those_of_refine(examples, blur):
     assert len({trial.score for trial in found.trials}) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalization", ["before", "after", "symmetric"])
 def test_padding_is_invisible_to_the_pixels(normalization):
     image, probs, labels = example(3, (9, 11))
@@ -167,6 +168,7 @@ def test_the_walk_is_that_of_an_ascent(monkeypatch):
     assert found.at_edge == ("bilateral_weight", "bilateral_color_bandwidth")
 
 
+@pytest.mark.slow
 def test_whole_numbers_and_names_stay_on_the_grid(examples):
     space = {"num_iterations": [3, 2], "normalization": ["symmetric", "none"]}
     found = quietly(examples[:1], preset=BASE, space=space, refinements=2)

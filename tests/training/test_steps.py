@@ -168,6 +168,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_stops_all_steps():
     assert bool(report.finite)  # that of the sound batch, which came too late
 
 
+@pytest.mark.slow
 def test_dropout_differs_from_step_to_step_and_repeats_from_the_start():
     update = Update("all", cross_entropy, optax.sgd(0.0))
     losses = []

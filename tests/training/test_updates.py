@@ -4,7 +4,8 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxcrf.training.updates import Update, named_leaves, scale_by_path, select, split, with_leaves
+from jaxcrf.models.parameters import named_leaves, split, with_leaves
+from jaxcrf.training.updates import Update, scale_by_path, select
 from training_suite import Network
 
 PATHS = ("backbone/layers/0/kernel", "backbone/layers/0/bias", "classifier/kernel")
