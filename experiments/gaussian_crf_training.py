@@ -95,7 +95,7 @@ CAMVID = Setting(
     network="small_fcn",
     network_options={"width": recipes.SCALES["cpu"].width, "reduction": recipes.SCALES["cpu"].reduction},
     stream={"width": 16, "depth": "res3a"},
-    steps=(0, 160, 100),
+    steps=(0, 120, 80),
     batch_size=8,
     augmentation=Augmentation(rotation=0.0, scale=(0.7, 1.6), brightness=25.0, hue=9.0),
     optimizer=adam,
@@ -280,14 +280,15 @@ def affinity_figures(
         truth = np.asarray(objectives.labels_at_cells(network, labels))
         if not isinstance(terms, Gram) or (truth == splits.val.ignore_label).all():
             continue
-        chosen = reference_cells(truth, splits.val.ignore_label, 3 if terms.kind == "potts" else 1)
+        cells = reference_cells(truth, splits.val.ignore_label, 3 if terms.kind == "potts" else 1)
         shown = None
         if terms.kind == "general":
-            # The reference's own label against the image's three commonest, its own first.
-            own = next(iter(chosen))
-            shown = (own, [own, *(label for label in common_labels(truth, splits) if label != own)][:3])
+            # The reference's own label against itself and the image's commonest others.
+            own = next(iter(cells))
+            others = dict.fromkeys([own, *common_labels(truth, splits), *range(splits.num_labels)])
+            shown = (own, list(others)[:3])
         figure = plots.affinity(
-            terms, list(chosen.values()), image=image, labels=shown, label_names=splits.val.label_names
+            terms, list(cells.values()), image=image, labels=shown, label_names=splits.val.label_names
         )
         name_of_file = "_".join(name.lower().replace("+", "").split())
         plots.save_figure(figure, out / f"{stem}_affinity_{name_of_file}.png")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from jaxcrf import _checks
+from jaxcrf import _checks, _linalg
 from jaxcrf.filters.base import (
     Filter,
     Immutable,
@@ -143,7 +143,7 @@ class Gram(Immutable):
     def quadratic_form(self, lower: Float[Array, "*batch D D"]) -> Array:
         """`A_iᵀ M⁻¹ A_i`, one number per embedding, of a `D × D` matrix `M = lower lowerᵀ`."""
         eye = jnp.broadcast_to(jnp.eye(self.rank, dtype=lower.dtype), lower.shape)
-        inverse = lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+        inverse = _linalg.triangular_solve(lower, eye, lower=True)
         whitened = jnp.einsum("...rmd,...ed->...rme", self._in_rows(), inverse, precision=PRECISION)
         return jnp.sum(whitened**2, axis=-1).reshape(self.embeddings.shape[:-1])
 

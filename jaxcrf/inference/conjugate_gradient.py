@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from jaxcrf import _checks
+from jaxcrf import _checks, _linalg
 from jaxcrf.filters import Filter, LinearOperator
 from jaxcrf_kernels._varying import varying_like
 
@@ -99,7 +99,7 @@ class Lanczos(NamedTuple):
         matrix = diagonal * eye + below + jnp.swapaxes(below, -1, -2)
         # Not every implementation of eigvalsh lets NaN through.
         finite = jnp.isfinite(matrix).all((-2, -1))
-        ritz = jnp.linalg.eigvalsh(jnp.where(finite[..., None, None], matrix, 0))
+        ritz = _linalg.eigvalsh(jnp.where(finite[..., None, None], matrix, 0))
         ritz = jnp.where(finite[..., None], ritz, jnp.nan)
         return ritz[..., 0], ritz[..., -1]
 

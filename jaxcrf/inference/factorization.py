@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from jaxcrf import _linalg
 from jaxcrf.filters.gram import PRECISION
 from jaxcrf_kernels._varying import varying_like
 
@@ -31,27 +32,26 @@ class Factor(NamedTuple):
         permutation = jnp.broadcast_to(self.permutation, (*batch, self.permutation.shape[-1]))
 
         def by_cholesky() -> Array:
-            y = lax.linalg.triangular_solve(matrix, t, left_side=True, lower=True)
-            return lax.linalg.triangular_solve(matrix, y, left_side=True, lower=True, transpose_a=True)
+            y = _linalg.triangular_solve(matrix, t, lower=True)
+            return _linalg.triangular_solve(matrix, y, lower=True, transpose_a=True)
 
         def by_lu() -> Array:
             y = jnp.take_along_axis(t, permutation[..., None], axis=-2)
-            y = lax.linalg.triangular_solve(matrix, y, left_side=True, lower=True, unit_diagonal=True)
-            return lax.linalg.triangular_solve(matrix, y, left_side=True, lower=False)
+            y = _linalg.triangular_solve(matrix, y, lower=True, unit_diagonal=True)
+            return _linalg.triangular_solve(matrix, y, lower=False)
 
         return lax.cond(self.definite.all(), by_cholesky, by_lu)
 
 
 def factorise(matrix: Float[Array, "*batch n n"]) -> Factor:
     """By Cholesky; where that fails, by LU with pivots."""
-    lower = lax.linalg.cholesky(matrix, symmetrize_input=False)
+    lower = _linalg.cholesky(matrix)
     definite = jnp.isfinite(jnp.diagonal(lower, axis1=-2, axis2=-1)).all(-1)
     order = jnp.broadcast_to(jnp.arange(matrix.shape[-1], dtype=jnp.int32), matrix.shape[:-1])
     order = varying_like(order, matrix)
 
     def by_lu() -> tuple[Array, Array]:
-        lu, _, permutation = lax.linalg.lu(matrix)
-        return lu, permutation
+        return _linalg.lu(matrix)
 
     factors, permutation = lax.cond(definite.all(), lambda: (lower, order), by_lu)
     return Factor(factors, permutation, definite)

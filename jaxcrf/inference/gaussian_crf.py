@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from jaxcrf import _checks
+from jaxcrf import _checks, _linalg
 from jaxcrf.filters import Filter, LinearOperator
 from jaxcrf.filters.gram import PRECISION, EmbeddingKind, Gram, PixelGram, PixelLabelGram
 from jaxcrf.inference.conjugate_gradient import (
@@ -429,16 +429,12 @@ def _scale(affinities: Any, regularization: Array, scaling: str | None) -> Any:
 
 
 def _factorise(systems: Sequence[tuple[int, Array]]) -> Factor:
-    """All small systems at once, `[systems, *batch, D, D]`.
-
-    Not one by one: a CPU with two cores runs independent factorisations of batches side by side, and both may then
-    wait, for good, for helpers from the pool of threads that they fill (jaxlib 0.10).
-    """
+    """All small systems as one batch, `[systems, *batch, D, D]`, which accelerators factorise at once."""
     return factorise(jnp.stack([matrix for _, matrix in systems]))
 
 
 def _solve(factors: Factor, t: Float[Array, "systems *batch D columns"]) -> Array:
-    """Every system with its own right-hand sides, likewise at once; the factors' batch broadcasts."""
+    """Every system with its own right-hand sides, likewise as one batch; the factors' batch broadcasts."""
     missing = t.ndim - factors.matrix.ndim
     aligned = (a.reshape(a.shape[0], *[1] * missing, *a.shape[1:]) for a in factors)
     return Factor(*aligned).solve(t)
@@ -518,7 +514,7 @@ def _variances(affinities: PixelGram | PixelLabelGram, b: Array, regularization:
     total: Any = 0.0
     systems = _small_systems(affinities.kind, dual, lam, num_labels)
     # NaN where not definite.
-    factors = lax.linalg.cholesky(jnp.stack([matrix for _, matrix in systems]), symmetrize_input=False)
+    factors = _linalg.cholesky(jnp.stack([matrix for _, matrix in systems]))
     for share, (c, _), lower in zip(shares, systems, factors, strict=False):
         found = (1 - c * affinities.quadratic_form(lower)) / lam
         if c >= 0:

@@ -111,8 +111,8 @@ def normalized(images: Any, in_channels: int) -> Array:
         ValueError: if they do not have `in_channels` channels.
 
     Example:
-        >>> normalized(np.full((1, 1, 3), 255, np.uint8), 3).round(2)
-        Array([[[2.25, 2.43, 2.64]]], dtype=float32)
+        >>> np.asarray(normalized(np.full((1, 1, 3), 255, np.uint8), 3)).round(2)
+        array([[[2.25, 2.43, 2.64]]], dtype=float32)
     """
     images = check_images(images, in_channels)
     mean, scale = (_MEAN, _SCALE) if in_channels == 3 else (_MEAN.mean(), _SCALE.mean())

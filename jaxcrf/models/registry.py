@@ -206,14 +206,16 @@ def create(name: str, num_labels: int, *, rngs: nnx.Rngs, **options: Any) -> nnx
         num_labels: `L`.
         rngs: where parameters and dropout come from.
         **options: of the model; all have `in_channels=3` and `dtype=None`, that of their arithmetic. `refine`, with
-            `refine_options` as a mapping, attaches a CRF: "convcrf" is `nn.ConvCRF`.
+            `refine_options` as a mapping, attaches a CRF: "convcrf" is `nn.ConvCRF`, "densecrf" `nn.DenseCRF`, and
+            "gaussian_crf" with its kinds a second network with `nn.GaussianCRF`. Names that have a CRF already take
+            `crf_options` for it.
 
     Returns:
-        The model, in training mode; its attribute `config` is what `training.save_model` stores.
+        The model, in training mode; its attribute `config` is what `models.save` stores.
 
     Raises:
-        ValueError: if there is no such model or refinement.
-        TypeError: if the model has no such option.
+        ValueError: if there is no such model or refinement, or an option's value is out of range.
+        TypeError: if the model or its CRF has no such option.
 
     Example:
         >>> import jax.numpy as jnp

@@ -49,3 +49,28 @@ def test_a_pools_gradient_goes_to_the_largest():
 def test_grids_of_another_size_are_refused():
     with pytest.raises(ValueError, match="x: got 3 cells along axis 1 for 33 pixels; expected 5"):
         grids.upsample(maps(1, 5, 3, 2)[0], 8, (40, 33))
+
+
+@pytest.mark.parametrize(("size", "dilation"), [(3, 2), (2, 3), (3, 12)])
+def test_taps_far_apart_see_what_is_inside(size, dilation):
+    rng = np.random.default_rng(1)
+    x, kernel = maps(2, 6, 9, 3), rng.normal(size=(size, size, 3, 2)).astype(np.float32)
+    expected = np.zeros((2, 6, 9, 2))
+    before = (size - 1) * dilation // 2
+    for row, column, y, z in np.ndindex(6, 9, size, size):
+        i, j = row + y * dilation - before, column + z * dilation - before
+        if 0 <= i < 6 and 0 <= j < 9:
+            expected[:, row, column] += x[:, i, j].astype(np.float64) @ kernel[y, z]
+    found = jax.jit(lambda x, kernel: grids.atrous_convolution(x, kernel, rhs_dilation=(dilation, dilation)))(
+        x, kernel
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    halves = [a.astype(jax.numpy.bfloat16) for a in (x, kernel)]
+    assert grids.atrous_convolution(*halves, rhs_dilation=(dilation, dilation)).dtype == jax.numpy.bfloat16
+
+
+def test_atrous_convolutions_keep_the_size():
+    with pytest.raises(ValueError, match=r"strides, padding: got \(2, 2\) and 'SAME'; expected \(1, 1\)"):
+        grids.atrous_convolution(maps(1, 4, 4, 1), np.ones((3, 3, 1, 1)), (2, 2))
+    with pytest.raises(ValueError, match="and 'VALID'"):
+        grids.atrous_convolution(maps(1, 4, 4, 1), np.ones((3, 3, 1, 1)), padding="VALID")

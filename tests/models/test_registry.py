@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,13 @@ def test_every_entry_is_in_the_suite():
         f"{', '.join(missing())}: in the registry but not in SMALL of tests/model_suite.py; add options that make "
         "it tiny, and this suite runs over it"
     )
+
+
+def test_the_readme_lists_every_entry():
+    readme = Path(__file__).parents[2] / "README.md"
+    table = readme.read_text().partition("## Models\n")[2].partition("\n## ")[0]
+    for name in (*models.names(), *_REFINEMENTS):
+        assert f"`{name}`" in table, name
 
 
 def largest_difference(found, expected):

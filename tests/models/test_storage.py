@@ -1,3 +1,4 @@
+import functools
 import json
 import shutil
 
@@ -10,9 +11,15 @@ from jaxcrf.training import load_model, save_model
 from training_suite import Network
 
 
-@pytest.fixture(scope="module")
-def model():
+@functools.cache
+def small_model():
     return models.create("small_fcn", 3, width=4, blocks=[0, 0, 0], rngs=nnx.Rngs(0))
+
+
+# Of a test, so that it is compiled as tests are: fixtures of modules come before that is settled.
+@pytest.fixture
+def model():
+    return small_model()
 
 
 def test_models_are_saved_with_all_that_is_known(tmp_path, model):

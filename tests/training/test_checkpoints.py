@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def flat(state):
     return leaves_of(Run(None, state, [], {}))
 
 
-@pytest.fixture(scope="module")
-def states():
+@functools.cache
+def made_states():
     """The state after each of three steps."""
     template = Template(Network(nnx.Rngs(0)))
     state = with_optimizers(init_state(template, average=True), {"all": UPDATE})
@@ -40,6 +41,12 @@ def states():
         state, _ = step(state, draw_batch(seed=seed))
         states.append(jax.tree.map(lambda leaf: leaf.copy(), state))
     return states
+
+
+# Of a test, so that they are compiled as tests are: fixtures of modules come before that is settled.
+@pytest.fixture
+def states():
+    return made_states()
 
 
 def fresh():

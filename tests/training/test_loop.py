@@ -181,6 +181,9 @@ def test_plans_say_what_is_needed():
     batch = 4 * SIZE[0] * SIZE[1] * (3 + 4)
     assert found.updates["everything"].arguments > batch + 3 * 4 * sum(sizes.values())
     assert found.num_steps == 12
+    # Forward, and backward to weights and, of the second convolution only, to what comes in.
+    pixels, body, head = 4 * SIZE[0] * SIZE[1], 3 * 3 * 3 * 6, 6 * 3
+    assert found.updates["everything"].operations == 2 * pixels * (2 * body + 3 * head)
 
 
 @pytest.mark.slow
