@@ -6,6 +6,16 @@ from pathlib import Path
 import jax
 import pytest
 
+# Whether the environment asks for it everywhere.
+ALWAYS_QUICKLY = bool(jax.config.values["jax_disable_most_optimizations"])
+OPTIMIZED_MODULES = pytest.StashKey[set]()
+
+
+def pytest_collection_modifyitems(config, items):
+    config.stash[OPTIMIZED_MODULES] = {
+        item.module for item in items if item.get_closest_marker("optimized") is not None
+    }
+
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames and hasattr(metafunc.cls, "CASES"):
@@ -26,8 +36,16 @@ def forget_programs():
     jax.clear_caches()
 
 
-# Whether the environment asks for it everywhere.
-ALWAYS_QUICKLY = bool(jax.config.values["jax_disable_most_optimizations"])
+@pytest.fixture(autouse=True, scope="module")
+def fixtures_compiled_quickly(request):
+    """Fixtures of a module are made before `compiled_quickly` has a say.
+
+    Where a test of the module is marked `optimized`, they are optimised too: it may compare bits with theirs.
+    """
+    optimized = request.module in request.config.stash[OPTIMIZED_MODULES]
+    jax.config.update("jax_disable_most_optimizations", ALWAYS_QUICKLY or not optimized)
+    yield
+    jax.config.update("jax_disable_most_optimizations", ALWAYS_QUICKLY)
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxcrf import _checks
@@ -133,6 +135,10 @@ class ModelConfig:
         Raises:
             TypeError: if the model has no such option.
         """
+        return _compiled(self._maker(), rngs)
+
+    def _maker(self) -> Callable[[nnx.Rngs], Any]:
+        """A function that makes the model, its arguments checked."""
         options = {key: _thawed(value) for key, value in self.options}
         refine, refine_options = options.pop("refine", None), options.pop("refine_options", None) or {}
         if refine is not None and refine not in _REFINEMENTS:
@@ -159,17 +165,14 @@ class ModelConfig:
             _check_options(f"the CRF {crf!r}", _REFINEMENTS[crf], crf_options, _GIVEN_TO_REFINEMENTS)
         common = {"in_channels": options.get("in_channels", 3), "dtype": options.get("dtype")}
 
-        # Compiled as one program: operation by operation, the initialisation of a large model takes many times as long.
-        @nnx.jit
         def make(rngs: nnx.Rngs) -> Any:
             model = _NETWORKS[network](self.num_labels, rngs=rngs, **options)
             for crf, crf_options in crfs:
                 model = _REFINEMENTS[crf](model, self.num_labels, rngs=rngs, **common, **crf_options)
+            model.config = self  # type: ignore[attr-defined]
             return model
 
-        model = make(rngs)
-        model.config = self
-        return model
+        return make
 
     def create_abstract(self) -> nnx.Module:
         """The model without numbers: shapes and dtypes only, which takes neither memory nor time.
@@ -182,7 +185,8 @@ class ModelConfig:
             >>> model.classifier.kernel.shape
             (1, 1, 1024, 21)
         """
-        return nnx.eval_shape(lambda: self.create(nnx.Rngs(0)))
+        make = self._maker()
+        return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
@@ -239,6 +243,25 @@ def names() -> tuple[str, ...]:
 
 # What `create` itself passes on.
 _GIVEN_TO_REFINEMENTS = ("self", "unary", "num_labels", "in_channels", "dtype", "rngs")
+
+
+def _compiled(make: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs) -> Any:
+    """`make(rngs)` as one program: operation by operation, a large model takes many times as long."""
+    if not _checks.is_concrete(jnp.zeros(())):  # part of somebody else's program
+        return make(rngs)
+    definition, state = nnx.split(rngs)
+
+    def program(state: Any) -> Any:
+        rngs = nnx.merge(definition, state)
+        model = make(rngs)
+        return *nnx.split(model), nnx.state(rngs)
+
+    # A CPU's compiler spends several times as long on this program, which runs once, as on its numbers, which stay the
+    # same.
+    options: Any = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    model_definition, model_state, after = jax.jit(program, compiler_options=options)(state)
+    nnx.update(rngs, after)
+    return nnx.merge(model_definition, model_state)
 
 
 def _check_options(
