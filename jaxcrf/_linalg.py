@@ -49,8 +49,8 @@ def triangular_solve(
     """`T⁻¹ b` of triangular matrices, with the options of `jax.lax.linalg.triangular_solve`.
 
     Example:
-        >>> triangular_solve(jnp.full((2, 1, 1), 4.0), jnp.full((2, 1, 1), 8.0), lower=True)[:, 0, 0]
-        Array([2., 2.], dtype=float32)
+        >>> triangular_solve(jnp.full((2, 1, 1), 4.0), jnp.full((2, 1, 1), 8.0), lower=True)[1, 0, 0].item()
+        2.0
     """
 
     def solve(matrix: Array, b: Array) -> Array:
