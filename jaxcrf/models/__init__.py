@@ -1,5 +1,10 @@
 """Models for dense labelling, by name."""
 
+try:
+    import flax as _flax  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("jaxcrf.models needs Flax: pip install 'jaxcrf[train]'", name="flax") from error
+
 from jaxcrf.models.averaging import Averaged as Averaged
 from jaxcrf.models.registry import ModelConfig as ModelConfig
 from jaxcrf.models.registry import create as create
