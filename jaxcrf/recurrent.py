@@ -84,16 +84,24 @@ def renet_init(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype: got {jnp.dtype(dtype)}; parameters are of a floating-point type")
     shapes = _shapes(kind, int(in_channels), int(features), patch)
-    keys = jax.random.split(key, len(shapes))
-    params = {
-        name: jax.random.uniform(key, shape, dtype, -scale, scale)
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
+    params = _drawn(key, scale, shapes=tuple(shapes.items()), dtype=jnp.dtype(dtype))
     if cell == "irnn":
         identity = jnp.eye(int(features), dtype=dtype)
         params["recurrent_kernel"] = jnp.broadcast_to(identity, shapes["recurrent_kernel"])
         params["bias"] = jnp.zeros(shapes["bias"], dtype)
     return params
+
+
+# One program for all parameters, which compiles faster than one for each.
+@functools.partial(jax.jit, static_argnames=("shapes", "dtype"))
+def _drawn(
+    key: Array, scale: Any, *, shapes: tuple[tuple[str, tuple[int, ...]], ...], dtype: Any
+) -> dict[str, Array]:
+    keys = jax.random.split(key, len(shapes))
+    return {
+        name: (scale * jax.random.uniform(key, shape, minval=-1, maxval=1)).astype(dtype)
+        for key, (name, shape) in zip(keys, shapes, strict=True)
+    }
 
 
 def renet_layer(
@@ -142,12 +150,13 @@ def renet_layer(
         direction: "vertical" sweeps along columns, "horizontal" along rows.
         cell: "lstm", "gru" or "irnn".
         patch: `(s, t)`, height and width of a patch in pixels.
-        mask: `[*batch, height, width]`, True where there is image: for every image a rectangle, whose corner lies
-            on the corner of a patch; None for everywhere. With patches of one pixel any shape will do: sweeps
-            pass over what is left out.
+        mask: `[*batch, height, width]`, True where there is image: for every image a rectangle, whose upper left
+            corner is that of a patch if it is to come out as it would alone; None for everywhere. With patches of
+            one pixel any shape will do: sweeps pass over what is left out.
         chunk: how many steps of the sweep to recompute at a time in the backward pass. None recomputes nothing: the
             forward pass keeps, of each patch, all pre-activations and states, `12 d` numbers for the LSTM, `10 d` for
-            the GRU and `4 d` for the IRNN. Otherwise only states at every `chunk`-th step are kept, beside `x`.
+            the GRU and `4 d` for the IRNN. Otherwise only states at every `chunk`-th step are kept, and `x`
+            in both orders.
         unroll: steps in one iteration of the loop.
         precision: of matrix products, as in `jax.lax.dot`; None for the default of the device.
 
@@ -285,7 +294,7 @@ def renet_group(
         Yan et al., 2016, §3: "recurrent layer group".
     """
     if not isinstance(params, Mapping) or set(params) != {"first", "second"}:
-        got = ", ".join(map(repr, params)) if isinstance(params, Mapping) else type(params).__name__
+        got = ", ".join(map(repr, sorted(params))) if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(
             f"params: got {got or 'an empty dictionary'}; expected the two layers of a group, 'first' and 'second', as "
             "from jaxcrf.renet_group_init"
@@ -620,6 +629,7 @@ def _filled(x: Array, mask: Array, patch: tuple[int, int]) -> Array:
         last = count - 1 - inside[..., ::-1].argmax(-1)[..., None]
         source = jnp.arange(count)
         source = jnp.where(source > last, 2 * last - source, source)
+        source = jnp.where(source < first, 2 * first - source, source)
         # Farther away than the image reaches nothing is looked at.
         source = jnp.clip(source, first, last)
         source = jnp.expand_dims(source, -1 if axis == 0 else -2)
@@ -743,7 +753,7 @@ def _checked_parameters(
     wanted = _shapes(kind, in_channels, 1, patch)
     if set(params) != set(wanted):
         raise ValueError(
-            f"params: got {', '.join(map(repr, params)) or 'an empty dictionary'}; cell={cell!r} has "
+            f"params: got {', '.join(map(repr, sorted(params))) or 'an empty dictionary'}; cell={cell!r} has "
             f"{', '.join(map(repr, wanted))}: {remedy}"
         )
     arrays = {name: jnp.asarray(params[name]) for name in wanted}
