@@ -84,7 +84,8 @@ def renet_init(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype: got {jnp.dtype(dtype)}; parameters are of a floating-point type")
     shapes = _shapes(kind, int(in_channels), int(features), patch)
-    params = _drawn(key, scale, shapes=tuple(shapes.items()), dtype=jnp.dtype(dtype))
+    drawn = _drawn(key, scale, shapes=tuple(shapes.items()), dtype=jnp.dtype(dtype))
+    params = {name: drawn[name] for name in shapes}
     if cell == "irnn":
         identity = jnp.eye(int(features), dtype=dtype)
         params["recurrent_kernel"] = jnp.broadcast_to(identity, shapes["recurrent_kernel"])
@@ -136,7 +137,8 @@ def renet_layer(
         \text{IRNN:}\quad & h_k = \max(0, p + U h)
 
     All columns (or rows) of all images advance together, both directions in one loop. What the image contributes,
-    `W x + b`, is computed beforehand for all patches at once.
+    `W x + b`, is computed beforehand for all patches at once, except on CPUs, where their caches make it faster step by
+    step.
 
     A batch of images of several sizes, padded to one, needs a `mask`: where a patch holds no pixel of the image
     the state is carried on unchanged and the output is zero, and patches across the border are filled up by
@@ -199,11 +201,9 @@ def renet_layer(
         x.astype(dtype),
         mask,
         vertical=direction == "vertical",
-        cell=cell,
         patch=patch,
         chunk=chunk,
-        unroll=unroll,
-        precision=precision,
+        run=_Run(cell, unroll, precision, _project_by_step()),
     )
 
 
@@ -414,19 +414,46 @@ _CELLS: dict[str, _Kind] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """How a sweep is made: static, and hashed."""
+
+    cell: str
+    unroll: int
+    precision: Any
+    project_by_step: bool
+
+    @property
+    def kind(self) -> _Kind:
+        return _CELLS[self.cell]
+
+    def product(self, equation: str, a: Array, b: Array) -> Array:
+        """Of operands as narrow as the weights, accumulated in float32 at least."""
+        return jnp.einsum(
+            equation, a, b, precision=self.precision, preferred_element_type=_accumulator(b.dtype)
+        )
+
+
+def _project_by_step() -> bool:
+    """Whether to compute `W x + b` within the loop, or beforehand for all steps in one product.
+
+    A GPU's products are slow when small. On a CPU it is their results that cost, a quarter of the forward pass of large
+    batches, where they no longer fit into its caches.
+    """
+    return jax.default_backend() == "cpu"
+
+
 # Compiled here, so that calls outside any `jit` compile once per shape.
-@functools.partial(jax.jit, static_argnames=("vertical", "cell", "patch", "chunk", "unroll", "precision"))
+@functools.partial(jax.jit, static_argnames=("vertical", "patch", "chunk", "run"))
 def _renet_layer(
     params: dict[str, Array],
     x: Array,
     mask: Array | None,
     *,
     vertical: bool,
-    cell: str,
     patch: tuple[int, int],
     chunk: int | None,
-    unroll: int,
-    precision: Any,
+    run: _Run,
 ) -> Array:
     everything = (params, x, mask)
     params, x, mask = varying_like(everything, everything)
@@ -448,31 +475,12 @@ def _renet_layer(
         params,
         sequences(x),
         None if valid is None else sequences(valid),
-        run=_Run(cell, unroll, precision),
+        run=run,
         chunk=chunk,
     )
     y = y.astype(x.dtype).reshape(y.shape[0], *batch, columns if vertical else rows, y.shape[-1])
     y = jnp.moveaxis(y, 0, axis)
     return y if valid is None else jnp.where(valid[..., None], y, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """How a sweep is made: static, and hashed."""
-
-    cell: str
-    unroll: int
-    precision: Any
-
-    @property
-    def kind(self) -> _Kind:
-        return _CELLS[self.cell]
-
-    def product(self, equation: str, a: Array, b: Array) -> Array:
-        """Of operands as narrow as the weights, accumulated in float32 at least."""
-        return jnp.einsum(
-            equation, a, b, precision=self.precision, preferred_element_type=_accumulator(b.dtype)
-        )
 
 
 def _accumulator(dtype: Any) -> Any:
@@ -492,14 +500,7 @@ def _sweep(params: dict[str, Array], x: Array, valid: Array | None, *, run: _Run
 
     def advance(state: State, inputs: Any) -> tuple[State, Array]:
         """Through some steps: states, and hidden states `[steps, 2, sequences, d]`."""
-        inputs, both = inputs
-        projected = jnp.stack(
-            [run.product("nmc,cg->nmg", a, w) for a, w in zip(inputs, params["input_kernel"], strict=True)],
-            1,
-        )
-        projected = projected + params["bias"][:, None]
-        states = _recur(run, kernel, params.get("recurrent_bias"), projected, both, state)
-        return tuple(a[-1] for a in states), states[0]
+        return _recur(run, params, *inputs, state)
 
     if chunk is None or chunk >= steps:
         _, hidden = (advance if chunk is None else jax.checkpoint(advance))(state, (inputs, both))
@@ -518,81 +519,102 @@ def _sweep(params: dict[str, Array], x: Array, valid: Array | None, *, run: _Run
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recur(
-    run: _Run,
-    kernel: Array,
-    recurrent_bias: Array | None,
-    projected: Array,
-    valid: Array | None,
-    state: State,
-) -> State:
-    """All states `[steps, 2, sequences, d]`, of `W x + b`, `[steps, 2, sequences, G d]`.
+    run: _Run, params: dict[str, Array], inputs: tuple[Array, Array], valid: Array | None, state: State
+) -> tuple[State, Array]:
+    """The last state, and all hidden states `[steps, 2, sequences, d]`.
 
     Differentiated by autodiff, a loop would also keep everything between pre-activations and states, and add up the
-    gradient of the recurrent kernel step by step; here that is one product over all steps.
+    gradients of the weights step by step; here that is one product over all steps.
     """
-    return _forward(run, kernel, recurrent_bias, projected, valid, state)[0]
+    state, (hidden,) = _forward(run, params, inputs, valid, state, lambda following, _: (following[0],))
+    return state, hidden
 
 
 def _forward(
     run: _Run,
-    kernel: Array,
-    recurrent_bias: Array | None,
-    projected: Array,
+    params: dict[str, Array],
+    inputs: tuple[Array, Array],
     valid: Array | None,
     state: State,
-) -> tuple[State, tuple[Any, ...]]:
-    kind = run.kind
+    keep: Callable[[State, Array], Any],
+) -> tuple[State, Any]:
+    """The last state, and what is kept of all states and pre-activations."""
+    kernel, bias = params["recurrent_kernel"], params.get("recurrent_bias")
 
-    def step(state: State, inputs: Any) -> tuple[State, tuple[State, Array]]:
-        projected, valid = inputs
+    def project(inputs: tuple[Array, Array]) -> Array:
+        kernels = params["input_kernel"]
+        both = [run.product("...c,cg->...g", a, w) for a, w in zip(inputs, kernels, strict=True)]
+        return jnp.stack(both, -3) + params["bias"][:, None]
+
+    def step(state: State, arguments: Any) -> tuple[State, Any]:
+        projected, valid = arguments
+        if run.project_by_step:
+            projected = project(projected)
         recurrent = run.product("kmd,kdg->kmg", state[0].astype(kernel.dtype), kernel)
-        activation = kind.combine(projected, recurrent, recurrent_bias)
-        following = kind.update(activation, state)
+        activation = run.kind.combine(projected, recurrent, bias)
+        following = run.kind.update(activation, state)
         if valid is not None:
             following = tuple(jnp.where(valid, a, b) for a, b in zip(following, state, strict=True))
-        return following, (following, activation)
+        return following, keep(following, activation)
 
-    _, (states, activations) = lax.scan(step, state, (projected, valid), unroll=run.unroll)
-    return states, (kernel, recurrent_bias, activations, valid, state, states)
+    beforehand = inputs if run.project_by_step else project(inputs)
+    return lax.scan(step, state, (beforehand, valid), unroll=run.unroll)
 
 
-def _backward(run: _Run, residuals: tuple[Any, ...], gradients: State) -> tuple[Any, ...]:
-    kernel, recurrent_bias, activations, valid, initial, states = residuals
-    kind = run.kind
+def _forward_for_backward(
+    run: _Run, params: dict[str, Array], inputs: tuple[Array, Array], valid: Array | None, state: State
+) -> tuple[tuple[State, Array], tuple[Any, ...]]:
+    last, (states, activations) = _forward(run, params, inputs, valid, state, lambda *kept: kept)
+    return (last, states[0]), (params, inputs, valid, state, states, activations)
+
+
+def _backward(run: _Run, residuals: tuple[Any, ...], gradients: tuple[State, Array]) -> tuple[Any, ...]:
+    params, inputs, valid, initial, states, activations = residuals
+    kernel = params["recurrent_kernel"]
     before = tuple(jnp.concatenate([a[None], b[:-1]]) for a, b in zip(initial, states, strict=True))
 
-    def step(gradient: State, inputs: Any) -> tuple[State, Array]:
-        arriving, activation, state, valid = inputs
-        gradient = tuple(a + b for a, b in zip(gradient, arriving, strict=True))
+    def step(gradient: State, arguments: Any) -> tuple[State, tuple[Array, ...]]:
+        arriving, activation, state, valid = arguments
+        gradient = (gradient[0] + arriving, *gradient[1:])
         kept = None
         if valid is not None:
             kept = tuple(jnp.where(valid, 0, a) for a in gradient)
             gradient = tuple(jnp.where(valid, a, 0) for a in gradient)
-        _, pull = jax.vjp(kind.update, activation, state)
+        _, pull = jax.vjp(run.kind.update, activation, state)
         activation_gradient, (hidden, *others) = pull(gradient)
-        recurrent = kind.divide(activation_gradient)[1]
+        recurrent = run.kind.divide(activation_gradient)[1]
         hidden = hidden + run.product("kmg,kdg->kmd", recurrent.astype(kernel.dtype), kernel)
         gradient = (hidden, *others)
         if kept is not None:
             gradient = tuple(a + b for a, b in zip(gradient, kept, strict=True))
-        return gradient, activation_gradient
+        # Apart, the two are the operands of the products below as they lie.
+        return gradient, tuple(activation_gradient)
 
-    first, found = lax.scan(
-        step,
-        varying_like(jax.tree.map(jnp.zeros_like, initial), gradients, activations),
-        (gradients, activations, before, valid),
-        reverse=True,
-        unroll=run.unroll,
+    last, arriving = gradients
+    first, both = lax.scan(
+        step, last, (arriving, activations, before, valid), reverse=True, unroll=run.unroll
     )
-    projected, recurrent, bias = kind.divide(found)
-    kernel_gradient = run.product(
-        "nkmd,nkmg->kdg", before[0].astype(kernel.dtype), recurrent.astype(kernel.dtype)
+    by_params, by_inputs = [], []
+    for k, (x, found) in enumerate(zip(inputs, both, strict=True)):
+        projected, recurrent, recurrent_bias = run.kind.divide(found)
+        narrow = projected.astype(kernel.dtype)
+        hidden = before[0][:, k].astype(kernel.dtype)
+        by_params.append(
+            {
+                "input_kernel": run.product("nmc,nmg->cg", x, narrow),
+                "recurrent_kernel": run.product("nmd,nmg->dg", hidden, recurrent.astype(kernel.dtype)),
+                "bias": projected.sum((0, 1)),
+            }
+            | ({} if recurrent_bias is None else {"recurrent_bias": recurrent_bias.sum((0, 1))})
+        )
+        by_inputs.append(run.product("nmg,cg->nmc", narrow, params["input_kernel"][k]).astype(x.dtype))
+    stacked = jax.tree.map(
+        lambda a, b, like: jnp.stack([a, b]).astype(like.dtype), by_params[0], by_params[1], params
     )
-    bias_gradient = None if bias is None else bias.sum((0, 2)).astype(recurrent_bias.dtype)
-    return kernel_gradient.astype(kernel.dtype), bias_gradient, projected, None, first
+    return stacked, tuple(by_inputs), None, first
 
 
-_recur.defvjp(_forward, _backward)
+_recur.defvjp(_forward_for_backward, _backward)
 
 
 def _padded(

@@ -259,6 +259,25 @@ def test_chunks_and_unrolling_change_nothing(chunk, unroll):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("cell", ["lstm", exhaustive("gru"), exhaustive("irnn")])
+def test_what_devices_do_differently_gives_the_same(cell, monkeypatch):
+    params, x, mask = parameters(cell), images(2, 4, 3), np.ones((2, 4, 3), bool)
+    mask[1, 2:] = False
+
+    def gradients():
+        def loss(params, x):
+            y = jaxcrf.renet_layer(params, x, cell=cell, mask=mask)
+            return jnp.sum(y**2), y
+
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+
+    expected = gradients()
+    monkeypatch.setattr("jaxcrf.recurrent._project_by_step", lambda: False)
+    found = gradients()
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
+
+
 @pytest.mark.parametrize(("cell", "kept"), [("lstm", 12), ("gru", 10), ("irnn", 4)])
 def test_chunks_choose_what_is_kept_for_the_backward_pass(cell, kept):
     params = jax.eval_shape(lambda: jaxcrf.renet_init(jax.random.key(0), 8, 16, cell=cell))
