@@ -6,8 +6,8 @@ A map of 47 × 63 with 512 channels, columns and then rows swept by LSTMs with 1
 come out. Forward, and forward and backward (weights and input), batches of 1 and 10, float32. All take turns in one
 process, have the same weights, and must give the same numbers. Without PyTorch its rows are left out, and said to be.
 
-Flax's is `nnx.Bidirectional` over columns and rows: a loop for each direction, the input projection of every step
-inside. PyTorch's is `torch.nn.LSTM(bidirectional=True)`, with as many threads as the process has cores.
+Flax's is `nnx.Bidirectional` over columns and rows, a loop for each direction, with `LSTMCell`, and "optimized" with
+`OptimizedLSTMCell`. PyTorch's is `torch.nn.LSTM(bidirectional=True)`, with as many threads as the process has cores.
 
 Wall time is what users see, on a machine that does nothing else; processor time is what the work takes on any. Targets,
 wall time on two CPU cores: at most 2 times PyTorch's for a batch of one and 1.3 times for ten, at least 1.5 times
@@ -63,7 +63,17 @@ def taking_turns(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[s
     }
 
 
-def flax_group() -> Callable[[Any, jax.Array], jax.Array]:
+def optimized(channels: int, features: int) -> Any:
+    """Flax's LSTM that multiplies by all gates' weights at once."""
+    return nnx.OptimizedLSTMCell(channels, features, rngs=nnx.Rngs(0))
+
+
+def plain(channels: int, features: int) -> Any:
+    """Flax's LSTM with a product for each gate."""
+    return nnx.LSTMCell(channels, features, rngs=nnx.Rngs(0))
+
+
+def flax_group(make: Callable[[int, int], Any]) -> Callable[[Any, jax.Array], jax.Array]:
     """Two `nnx.Bidirectional` layers, as a function of the group's parameters and its input."""
 
     def layer(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -71,10 +81,17 @@ def flax_group() -> Callable[[Any, jax.Array], jax.Array]:
         _, channels, width = params["input_kernel"].shape
         networks = []
         for k in range(2):
-            cell = nnx.eval_shape(lambda: nnx.OptimizedLSTMCell(channels, width // 4, rngs=nnx.Rngs(0)))
-            cell.dense_i.kernel = nnx.Param(params["input_kernel"][k])
-            cell.dense_h.kernel = nnx.Param(params["recurrent_kernel"][k])
-            cell.dense_h.bias = nnx.Param(params["bias"][k])
+            cell = nnx.eval_shape(make, channels, width // 4)
+            kernels = params["input_kernel"][k], params["recurrent_kernel"][k]
+            if make is optimized:
+                cell.dense_i.kernel, cell.dense_h.kernel = map(nnx.Param, kernels)
+                cell.dense_h.bias = nnx.Param(params["bias"][k])
+            else:
+                parts = (jnp.split(a, 4, -1) for a in (*kernels, params["bias"][k]))
+                for gate, by_input, by_state, bias in zip("ifgo", *parts, strict=True):
+                    getattr(cell, f"i{gate}").kernel = nnx.Param(by_input)
+                    getattr(cell, f"h{gate}").kernel = nnx.Param(by_state)
+                    getattr(cell, f"h{gate}").bias = nnx.Param(bias)
             networks.append(nnx.RNN(cell))
         zeros = jnp.zeros((x.shape[0], width // 4))
         return nnx.Bidirectional(*networks)(x, initial_carry=((zeros, zeros), (zeros, zeros)))
@@ -158,14 +175,15 @@ def measured(args: argparse.Namespace, batch: int) -> dict[str, Any]:
             return jaxcrf.renet_group(*jax.tree.map(lambda a: a.astype(jnp.bfloat16), (params, x)))
 
         groups["jaxcrf, bfloat16"] = narrow
-    groups["flax.nnx"] = flax_group()
+    groups |= {"flax.nnx": flax_group(plain), "flax.nnx, optimized": flax_group(optimized)}
     operands = (params, jnp.asarray(x))
     result: dict[str, Any] = {}
     expected = np.asarray(jax.jit(groups["jaxcrf"])(*operands))
-    difference = np.abs(np.asarray(jax.jit(groups["flax.nnx"])(*operands)) - expected).max()
-    # Products on a GPU are as wide as it likes.
-    if difference > (1e-4 if on_cpu else 1e-2):
-        raise ValueError(f"flax.nnx: its numbers differ by {difference}")
+    for name in ("flax.nnx", "flax.nnx, optimized"):
+        difference = np.abs(np.asarray(jax.jit(groups[name])(*operands)) - expected).max()
+        # Products on a GPU are as wide as it likes.
+        if difference > (1e-4 if on_cpu else 1e-2):
+            raise ValueError(f"{name}: its numbers differ by {difference}")
     others = torch_functions(params, x, weights, expected) if on_cpu else {}
     for kind in ("forward", "forward and backward"):
         functions: dict[str, Callable[[], Any]] = {}
@@ -198,7 +216,7 @@ def measured(args: argparse.Namespace, batch: int) -> dict[str, Any]:
                 f"{times['processor_ms']:.1f} ms of processors{memory}"
             )
         result[kind] = rows
-        for other in ("flax.nnx", "torch"):
+        for other in ("flax.nnx", "flax.nnx, optimized", "torch"):
             if other in rows:
                 ratios = {
                     unit: rows["jaxcrf"][f"{unit}_ms"] / rows[other][f"{unit}_ms"]
