@@ -19,6 +19,7 @@ two CPU cores and 3 GB.
 """
 
 import argparse
+import functools
 import os
 import statistics
 import time
@@ -81,7 +82,7 @@ def flax_group(make: Callable[[int, int], Any]) -> Callable[[Any, jax.Array], ja
         _, channels, width = params["input_kernel"].shape
         networks = []
         for k in range(2):
-            cell = nnx.eval_shape(make, channels, width // 4)
+            cell = nnx.eval_shape(functools.partial(make, channels, width // 4))
             kernels = params["input_kernel"][k], params["recurrent_kernel"][k]
             if make is optimized:
                 cell.dense_i.kernel, cell.dense_h.kernel = map(nnx.Param, kernels)
