@@ -123,7 +123,8 @@ def test_gradients_are_those_of_finite_differences(cell, masked, chunk):
         ({n: d * (n == name) for n, d in directions[0][0].items()}, 0 * operands[1]) for name in operands[0]
     ]
     mask = np.ones((2, 5, 3), bool)
-    mask[0, 3:] = mask[1, :, 2:] = False
+    # Padding, and a hole, across which gradients pass.
+    mask[0, 3:] = mask[1, :, 2:] = mask[1, 2:4, 0] = False
     weights = rng.normal(size=(2, 3, 3, 2 * FEATURES))
     with jax.enable_x64(True):
 

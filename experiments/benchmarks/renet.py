@@ -90,7 +90,8 @@ def flax_group(make: Callable[[int, int], Any]) -> Callable[[Any, jax.Array], ja
             else:
                 parts = (jnp.split(a, 4, -1) for a in (*kernels, params["bias"][k]))
                 for gate, by_input, by_state, bias in zip("ifgo", *parts, strict=True):
-                    getattr(cell, f"i{gate}").kernel = nnx.Param(by_input)
+                    # `if` is no name.
+                    getattr(cell, "if_" if gate == "f" else f"i{gate}").kernel = nnx.Param(by_input)
                     getattr(cell, f"h{gate}").kernel = nnx.Param(by_state)
                     getattr(cell, f"h{gate}").bias = nnx.Param(bias)
             networks.append(nnx.RNN(cell))
