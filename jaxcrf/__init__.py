@@ -43,6 +43,11 @@ if TYPE_CHECKING:
     from jaxcrf.inference.relaxation import rounded_energy as rounded_energy
     from jaxcrf.inference.sparse_gaussian_crf import sparse_gaussian_crf as sparse_gaussian_crf
     from jaxcrf.presets import Preset as Preset
+    from jaxcrf.recurrent import renet_group as renet_group
+    from jaxcrf.recurrent import renet_group_init as renet_group_init
+    from jaxcrf.recurrent import renet_init as renet_init
+    from jaxcrf.recurrent import renet_layer as renet_layer
+    from jaxcrf.recurrent import renet_mask as renet_mask
     from jaxcrf.refinement import RefineConfig as RefineConfig
     from jaxcrf.refinement import refine as refine
     from jaxcrf.refinement import refine_logits as refine_logits
@@ -86,6 +91,11 @@ _HOMES = {
     "projected_gradient": "inference.projected_gradient",
     "refine": "refinement",
     "refine_logits": "refinement",
+    "renet_group": "recurrent",
+    "renet_group_init": "recurrent",
+    "renet_init": "recurrent",
+    "renet_layer": "recurrent",
+    "renet_mask": "recurrent",
     "relaxed_energy": "inference.relaxation",
     "rounded_energy": "inference.relaxation",
     "sparse_gaussian_crf": "inference.sparse_gaussian_crf",

@@ -12,3 +12,5 @@ from jaxcrf.nn.gaussian_crf import EmbeddingHead as EmbeddingHead
 from jaxcrf.nn.gaussian_crf import GaussianCRF as GaussianCRF
 from jaxcrf.nn.gaussian_crf import SparseGaussianCRF as SparseGaussianCRF
 from jaxcrf.nn.gaussian_crf import StackedGaussianCRF as StackedGaussianCRF
+from jaxcrf.nn.renet import ReNet as ReNet
+from jaxcrf.nn.renet import ReNetGroup as ReNetGroup
