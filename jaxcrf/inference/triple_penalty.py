@@ -209,7 +209,7 @@ def _stream(
 class _Tiles(NamedTuple):
     """How an image is cut into tiles, and where the windows of their pixels reach.
 
-    Padded maps have one row more on top, which the first row's window has just left.
+    Padded maps have one row more on top, which the window of the first row has just left.
     """
 
     reach: Reach
@@ -233,20 +233,27 @@ class _Tiles(NamedTuple):
 
     def pad(self, x: Array) -> Array:
         """`[batch, height, width, c]` to `[batch, rows, c, columns]`."""
-        top, left = self.reach.before[0] + 1, self.reach.before[1]
+        top, left = self._margin()
         rows, columns = (
-            (count - 1) * size + extent
-            for count, size, extent in zip(self.counts, self.size, self.extent, strict=True)
+            (count - 1) * size + extent + abs(before - after)
+            for count, size, extent, before, after in zip(
+                self.counts, self.size, self.extent, *self.reach, strict=True
+            )
         )
         _, height, width = self.shape
-        pad = ((0, 0), (top, rows - top - height), (0, 0), (left, columns - left - width))
+        pad = ((0, 0), (top + 1, rows - top - 1 - height), (0, 0), (left, columns - left - width))
         return jnp.pad(rows_first(x), pad)
 
+    def _margin(self) -> tuple[int, int]:
+        """The same for the mirrored window, so that both directions of a gradient share padded maps."""
+        return max(self.reach.before[0], self.reach.after[0]), max(self.reach.before[1], self.reach.after[1])
+
     def starts(self) -> Array:
-        """Image, row and column of every tile's first pixel in padded maps."""
+        """Image, row and column in padded maps where that begins which every tile's windows reach over."""
         axes = [np.arange(n) for n in (self.shape[0], *self.counts)]
         grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
-        return jnp.asarray(grid * [1, *self.size], jnp.int32)
+        spare = [margin - before for margin, before in zip(self._margin(), self.reach.before, strict=True)]
+        return jnp.asarray(grid * [1, *self.size] + [0, *spare], jnp.int32)
 
     def collect(self, tiles: Array) -> Array:
         """Stacked tiles `[tiles, rows, c, columns]` to `[batch, height, width, c]`."""
@@ -329,7 +336,7 @@ def _stream_tile(
         # Written out, since reductions over so few are not vectorised along the columns.
         by_position = sum(here[n] * sums[n] for n in range(1, 3))
         by_colour = sum(here[n] * sums[n] for n in range(3, 3 + channels))
-        message = pull = distances = None
+        of_colour = of_position = message = pull = distances = None
         if wanted.distances:
             of_colour = here[-2] * one - 2 * by_colour + sums[-2]
             of_position = here[-1] * one - 2 * by_position + sums[-1]
@@ -338,7 +345,7 @@ def _stream_tile(
             message = here[-1] * one - 2 * (weights[0] * by_colour + weights[1] * by_position) + sums[-1]
         if partners is not None:
             p = lax.dynamic_slice(partners, (row + top, 0, left), (1, partners.shape[1], columns))[0]
-            if wanted.distances:
+            if of_colour is not None and of_position is not None:
                 distances = jnp.stack([jnp.sum(p * of_colour), jnp.sum(p * of_position)])
             if wanted.pull:
                 pull = here[3 : 3 + channels, 0] * jnp.sum(p * one, 0) - jnp.sum(p * at_colour, 1)

@@ -44,7 +44,7 @@ def by_hand(probs, image, params, multiply_center=True, num_iterations=1):
     """Equation 7 with its sums written out."""
     p = np.asarray(probs, np.float64)
     contexts = np.asarray(params.contexts, np.float64)
-    (height, width, labels), reach = p.shape, contexts.shape[0] // 2
+    (height, width), reach = p.shape[:2], contexts.shape[0] // 2
     q = p
     for _ in range(num_iterations):
         s = float(params.scale) * triples(q, image, params, multiply_center) + float(params.offset)
