@@ -225,10 +225,17 @@ class _Walk(NamedTuple):
         if tap is None:
             dy, dx = (jnp.int32(n) for n in self.reach.before)
         else:
-            tap = jnp.asarray(tap, jnp.int32)  # under x64 a loop counts in int64
-            dy, dx = lax.div(tap, self.reach.window[1]), lax.rem(tap, self.reach.window[1])
+            dy, dx = self._step(tap)
         zero = jnp.int32(0)
         return start[0], start[1] + dy, zero, dx
+
+    def _step(self, tap: Array) -> tuple[Array, Array]:
+        """Row and column of a tap in the window."""
+        tap, width = (
+            jnp.asarray(tap, jnp.int32),
+            jnp.int32(self.reach.window[1]),
+        )  # under x64 a loop counts in int64
+        return lax.div(tap, width), lax.rem(tap, width)
 
     def slice(self, padded: Array, corner: tuple[Array, ...]) -> Array:
         """`[rows, c, width]` of padded maps."""
@@ -245,9 +252,7 @@ class _Walk(NamedTuple):
 
     def position_distance(self, tap: Array, dtype: Any) -> Array:
         """The squared distance of a tap's pixel, in pixels."""
-        width = self.reach.window[1]
-        tap = jnp.asarray(tap, jnp.int32)
-        dy, dx = lax.div(tap, width) - self.reach.before[0], lax.rem(tap, width) - self.reach.before[1]
+        dy, dx = (n - before for n, before in zip(self._step(tap), self.reach.before, strict=True))
         return (dy * dy + dx * dx).astype(dtype)
 
     def collect(self, blocks: Array) -> Array:

@@ -66,8 +66,8 @@ def triple_penalty(
     are not small beside a sum that vanishes; where a pixel is like all around it, a few of these 1e-6 may be left, of
     either sign. "window" adds the window up pixel by pixel instead; there nothing cancels.
 
-    Both are differentiable once, in reverse mode, in `probs`, `image` and the weights, at two to three times the cost of the
-    value: the transpose is the same sum over the mirrored window.
+    Both are differentiable once, in reverse mode, in `probs`, `image` and the weights, at two to three times the cost
+    of the value: the transpose is the same sum over the mirrored window.
 
     Args:
         probs: `p`, `[*batch, height, width, labels]`; they need not sum to one.
@@ -98,9 +98,9 @@ def triple_penalty(
         >>> jaxcrf.triple_penalty(
         ...     probs, image, window=3, color_weight=1.0, position_weight=0.1, multiply_center=False
         ... ).round()[0]
-        Array([[ 0.,  0.],
-               [ 9.,  0.],
-               [ 5.,  5.]], dtype=float32)
+        Array([[0., 0.],
+               [9., 0.],
+               [5., 5.]], dtype=float32)
 
     References:
         Liu et al., *Semantic Image Segmentation via Deep Parsing Network*, 2015, eq. 3, 4, 7, 8 (b12), 10.
@@ -328,10 +328,14 @@ def _stream_tile(
         f, m = (lax.dynamic_index_in_dim(a, row, 0, keepdims=False) for a in (factors, maps))
         return f[:, None] * m[None]
 
+    def inside(a: Array, row: Any) -> Array:
+        """A row of the tile itself, `[c, columns]`."""
+        return lax.dynamic_index_in_dim(a, row + top, 0, keepdims=False)[:, left : left + columns]
+
     def find(row: Any, sums: Array) -> Streamed:
         """What a row wants to know, from sums of columns over its windows, `[factors, labels, columns]`."""
         sums = _box_sums(sums, width, columns)
-        here = lax.dynamic_slice(factors, (row + top, 0, left), (1, factors.shape[1], columns))[0][:, None]
+        here = inside(factors, row)[:, None]
         one, at_colour = sums[0], sums[3 : 3 + channels]
         # Written out, since reductions over so few are not vectorised along the columns.
         by_position = sum(here[n] * sums[n] for n in range(1, 3))
@@ -348,7 +352,7 @@ def _stream_tile(
             over_labels = functools.partial(
                 jnp.einsum, "l,...lw->...w", jnp.ones_like(maps[0, :, 0]), precision="highest"
             )
-            p = lax.dynamic_slice(partners, (row + top, 0, left), (1, partners.shape[1], columns))[0]
+            p = inside(partners, row)
             if of_colour is not None and of_position is not None:
                 distances = over_labels(p * jnp.stack([of_colour, of_position])).sum(-1)
             if wanted.pull:

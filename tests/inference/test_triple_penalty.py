@@ -84,6 +84,18 @@ def test_it_is_the_definition(method, height, width, labels, channels, window):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_float64_in_and_out(method):
+    probs, image = operands(7, 9, 2)
+    expected = float64_gradients(probs, image, 4, *WEIGHTS.values(), np.ones(probs.shape))[0]
+    with jax.enable_x64(True):
+        found = jax.grad(lambda p: jaxcrf.triple_penalty(p, image, window=4, method=method, **WEIGHTS).sum())(
+            probs.astype(np.float64)
+        )
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_position_and_colour_alone(method):
     probs, image = operands(9, 12, 2)
     for weights in (
