@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from jaxcrf.features import position_features as position_features
     from jaxcrf.inference.conjugate_gradient import ConjugateGradientStats as ConjugateGradientStats
     from jaxcrf.inference.conjugate_gradient import conjugate_gradient as conjugate_gradient
+    from jaxcrf.inference.deep_parsing import DeepParsingParams as DeepParsingParams
+    from jaxcrf.inference.deep_parsing import DeepParsingResult as DeepParsingResult
+    from jaxcrf.inference.deep_parsing import deep_parsing_init as deep_parsing_init
+    from jaxcrf.inference.deep_parsing import deep_parsing_step as deep_parsing_step
     from jaxcrf.inference.energy import free_energy as free_energy
     from jaxcrf.inference.energy import gibbs_energy as gibbs_energy
     from jaxcrf.inference.frank_wolfe import frank_wolfe as frank_wolfe
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from jaxcrf.inference.gaussian_crf import GaussianCRFStats as GaussianCRFStats
     from jaxcrf.inference.gaussian_crf import gaussian_crf as gaussian_crf
     from jaxcrf.inference.infer import infer as infer
+    from jaxcrf.inference.local_convolution import local_convolution as local_convolution
     from jaxcrf.inference.mean_field import MeanFieldResult as MeanFieldResult
     from jaxcrf.inference.mean_field import MeanFieldStats as MeanFieldStats
     from jaxcrf.inference.mean_field import mean_field as mean_field
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
     from jaxcrf.inference.relaxation import relaxed_energy as relaxed_energy
     from jaxcrf.inference.relaxation import rounded_energy as rounded_energy
     from jaxcrf.inference.sparse_gaussian_crf import sparse_gaussian_crf as sparse_gaussian_crf
+    from jaxcrf.inference.triple_penalty import triple_penalty as triple_penalty
     from jaxcrf.presets import Preset as Preset
     from jaxcrf.recurrent import renet_group as renet_group
     from jaxcrf.recurrent import renet_group_init as renet_group_init
@@ -70,6 +76,8 @@ _SUBMODULES = (
 )
 _HOMES = {
     "ConjugateGradientStats": "inference.conjugate_gradient",
+    "DeepParsingParams": "inference.deep_parsing",
+    "DeepParsingResult": "inference.deep_parsing",
     "Features": "features",
     "GaussianCRFResult": "inference.gaussian_crf",
     "GaussianCRFStats": "inference.gaussian_crf",
@@ -81,11 +89,14 @@ _HOMES = {
     "RefineConfig": "refinement",
     "bilateral_features": "features",
     "conjugate_gradient": "inference.conjugate_gradient",
+    "deep_parsing_init": "inference.deep_parsing",
+    "deep_parsing_step": "inference.deep_parsing",
     "frank_wolfe": "inference.frank_wolfe",
     "free_energy": "inference.energy",
     "gaussian_crf": "inference.gaussian_crf",
     "gibbs_energy": "inference.energy",
     "infer": "inference.infer",
+    "local_convolution": "inference.local_convolution",
     "mean_field": "inference.mean_field",
     "position_features": "features",
     "projected_gradient": "inference.projected_gradient",
@@ -99,6 +110,7 @@ _HOMES = {
     "relaxed_energy": "inference.relaxation",
     "rounded_energy": "inference.relaxation",
     "sparse_gaussian_crf": "inference.sparse_gaussian_crf",
+    "triple_penalty": "inference.triple_penalty",
     "unary_from_labels": "unary",
     "unary_from_probs": "unary",
 }
