@@ -36,18 +36,18 @@ and the validation images that the last CRF changed most for the better.
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optax
 from flax import nnx
-from training_tables import Splits, parse, predict, summarise, table, write
+from training_tables import FIGURES, Predictor, Splits, parse, predict, searched, summarise, table, write
 
 import jaxcrf
 from jaxcrf import evaluation, plots, presets
-from jaxcrf.data import Pipeline, SegmentationFolder, augmentation
+from jaxcrf.data import Pipeline, augmentation
 from jaxcrf.models import ModelConfig
 from jaxcrf.presets import Preset
 from jaxcrf.training import (
@@ -58,12 +58,11 @@ from jaxcrf.training import (
     load_model,
     objectives,
     recipes,
-    search,
     train,
 )
 from jaxcrf.training.recipes import VARIANTS
 from jaxcrf.training.schedules import optimizer_convcrf, polynomial_decay
-from jaxcrf.training.search import PRESETS, SPACES
+from jaxcrf.training.search import SPACES
 
 PAPER = {
     "unary": 71.23,
@@ -245,50 +244,6 @@ def trained(
     return train(experiment(), folder).model, folder
 
 
-def predictor(network: nnx.Module, splits: Splits) -> Callable[[np.ndarray], np.ndarray]:
-    """A function of an image `[H, W, 3]` to its logits, which compiles once for all sizes."""
-    run = predict(network)
-
-    def logits(image: np.ndarray) -> np.ndarray:
-        height, width, _ = image.shape
-        whole = np.full((1, *splits.whole, 3), augmentation.MEAN_COLOR, np.uint8)
-        whole[0, :height, :width] = image
-        return np.asarray(run(whole))[0, :height, :width]
-
-    return logits
-
-
-def searched(
-    setting: Setting, folder: SegmentationFolder, run: Callable[[np.ndarray], np.ndarray], path: Path
-) -> Preset:
-    """The dense CRF's parameters that are best on held-out images; found once, and read afterwards."""
-    if path.exists():
-        return presets.load(path)
-    count = min(setting.searched, len(folder))
-    chosen = np.linspace(0, len(folder) - 1, count).round().astype(int)
-    # In half the memory, where there are two hundred images of 21 labels.
-    stored = [
-        (image, run(image).astype(np.float16), labels) for image, labels in map(folder.__getitem__, chosen)
-    ]
-
-    def examples() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        return ((image, logits.astype(np.float32), labels) for image, logits, labels in stored)
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = search(
-        examples,
-        preset=PRESETS["densecrf"],
-        space=setting.space,
-        unary="logits",
-        ignore_label=folder.ignore_label,
-        coarse=setting.coarse,
-        refinements=setting.refinements,
-        log=path.with_suffix(".jsonl"),
-    )
-    presets.save(found.best, path)
-    return found.best
-
-
 def dense_figures(
     run: Callable[[np.ndarray], np.ndarray], splits: Splits, preset: Preset
 ) -> dict[str, float]:
@@ -297,7 +252,7 @@ def dense_figures(
     totals = evaluation.evaluate(
         run, splits.val, refine=lambda image, logits: np.asarray(refine(image, logits=logits)), num_pictures=0
     ).totals()
-    return {name: totals[name] for name in ("mean_iou", "pixel_accuracy", "class_accuracy")}
+    return {name: totals[name] for name in FIGURES}
 
 
 def evaluate_seed(
@@ -308,11 +263,21 @@ def evaluate_seed(
     val = splits.evaluated()
     model, unary = trained(args, "unary", seed, lambda: unary_experiment(args, setting, seed))
     network: Any = model
-    functions = {"unary": predict(network.unary)}
-    figures = {"unary": evaluate_pipeline(functions["unary"], val)}
-    run = predictor(network.unary, splits)
-    preset = searched(setting, splits.held_out, run, args.runs / f"seed_{seed}" / "densecrf.json")
-    figures["densecrf"] = dense_figures(run, splits, preset)
+    run = Predictor(network.unary, splits.whole)
+    preset = searched(
+        args.runs / f"seed_{seed}" / "densecrf.json",
+        splits.held_out,
+        run,
+        count=setting.searched,
+        space=setting.space,
+        coarse=setting.coarse,
+        refinements=setting.refinements,
+    )
+    functions = {"unary": run.run}
+    figures = {
+        "unary": evaluate_pipeline(run.run, val),
+        "densecrf": dense_figures(run, splits, preset),
+    }
     for variant in setting.variants:
         refined, _ = trained(
             args,

@@ -22,8 +22,8 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-from deeplab_voc import NETWORKS, PAIR, SETTINGS, DenseCRF, Predictor, Reduced, preset_path, trained_networks
-from training_tables import parse, write
+from deeplab_voc import NETWORKS, PAIR, SETTINGS, DenseCRF, Reduced, preset_path, trained_networks
+from training_tables import Predictor, parse, write
 
 from jaxcrf import evaluation, plots, presets
 from jaxcrf.metrics import TrimapCurve

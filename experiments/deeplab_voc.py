@@ -48,7 +48,7 @@ image that the CRF improves most and of the label that gains most in it (`--imag
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ import optax
 from flax import nnx
 from jax import Array
 from matplotlib.figure import Figure
-from training_tables import FIGURES, Splits, parse, predict, summarise, table, write
+from training_tables import FIGURES, Predictor, Splits, parse, searched, summarise, table, write
 
 from jaxcrf import bilateral_features, evaluation, mean_field, plots, position_features, presets
 from jaxcrf.data import Augmentation, Pipeline, SegmentationFolder, augmentation
@@ -69,9 +69,9 @@ from jaxcrf.filters.resampling import average_pool, bilinear_upsample
 from jaxcrf.models import Averaged, ModelConfig
 from jaxcrf.models.parameters import named_leaves, with_leaves
 from jaxcrf.presets import Preset
-from jaxcrf.training import Experiment, Stage, Update, load_model, objectives, save_model, search, train
+from jaxcrf.training import Experiment, Stage, Update, load_model, objectives, save_model, train
 from jaxcrf.training.schedules import adam, optimizer_deeplab, polynomial_decay, warmup
-from jaxcrf.training.search import PRESETS, SPACES
+from jaxcrf.training.search import SPACES
 
 NETWORKS = (
     "deeplab_7x7",
@@ -302,35 +302,20 @@ def with_branches(config: ModelConfig, base: nnx.Module, seed: int) -> nnx.Modul
     return nnx.merge(definition, with_leaves(state, leaves))
 
 
-class Predictor:
-    """A network as a function of an image `[H, W, 3]` to its logits, which compiles once for all sizes."""
+def num_parameters(predictor: Predictor) -> int:
+    """What is learned."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(predictor.network, nnx.Param)))
 
-    def __init__(self, network: nnx.Module, whole: tuple[int, int]):
-        self.network = network
-        self._whole = whole
-        self._run = predict(network)
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Logits `[H, W, L]`."""
-        height, width, _ = image.shape
-        whole = np.full((1, *self._whole, 3), augmentation.MEAN_COLOR, np.uint8)
-        whole[0, :height, :width] = image
-        return np.asarray(self._run(whole))[0, :height, :width]
-
-    @property
-    def num_parameters(self) -> int:
-        """What is learned."""
-        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self.network, nnx.Param)))
-
-    def images_per_second(self, size: tuple[int, int], repeats: int = 5) -> float:
-        """Of one image at a time, once compiled."""
-        image = np.zeros((1, *size, 3), np.uint8)
-        seconds = []
-        for _ in range(1 + repeats):
-            start = time.perf_counter()
-            jax.block_until_ready(self._run(image))
-            seconds.append(time.perf_counter() - start)
-        return 1 / float(np.median(seconds[1:]))
+def images_per_second(predictor: Predictor, size: tuple[int, int], repeats: int = 5) -> float:
+    """Of one image at a time, once compiled."""
+    image = np.zeros((1, *size, 3), np.uint8)
+    seconds = []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(predictor.run(image))
+        seconds.append(time.perf_counter() - start)
+    return 1 / float(np.median(seconds[1:]))
 
 
 def crf_filter(image: np.ndarray, preset: Preset) -> Filter:
@@ -367,33 +352,6 @@ class DenseCRF:
         return probs
 
 
-def searched(setting: Setting, folder: SegmentationFolder, run: Predictor, path: Path) -> Preset:
-    """The CRF's parameters that are best on held-out images; found once, and read afterwards."""
-    if path.exists():
-        return presets.load(path)
-    chosen = np.linspace(0, len(folder) - 1, min(setting.held_out, len(folder))).round().astype(int)
-    # In half the memory, where there are a hundred images of 21 labels.
-    stored = [
-        (image, run(image).astype(np.float16), labels) for image, labels in map(folder.__getitem__, chosen)
-    ]
-
-    def examples() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        return ((image, logits.astype(np.float32), labels) for image, logits, labels in stored)
-
-    found = search(
-        examples,
-        preset=PRESETS["densecrf"],
-        space=setting.space,
-        unary="logits",
-        ignore_label=folder.ignore_label,
-        coarse=setting.coarse,
-        refinements=setting.refinements,
-        log=path.with_suffix(".jsonl"),
-    )
-    presets.save(found.best, path)
-    return found.best
-
-
 def preset_path(args: argparse.Namespace, setting: Setting, name: str, seed: int) -> Path:
     """Where the CRF's parameters for a network are."""
     if setting.search_once:
@@ -413,9 +371,15 @@ def trained_networks(args: argparse.Namespace, setting: Setting, seed: int) -> d
         print(f"seed {seed}: {name}")
         run = train(experiment(args, setting, name, seed), args.runs / f"seed_{seed}" / name)
         found[name] = Predictor(Reduced(run.model, setting.reduction), args.splits.whole)
-        path = preset_path(args, setting, name, seed)
-        if not path.exists():
-            searched(setting, args.splits.held_out, found[name], path)
+        searched(
+            preset_path(args, setting, name, seed),
+            args.splits.held_out,
+            found[name],
+            count=setting.held_out,
+            space=setting.space,
+            coarse=setting.coarse,
+            refinements=setting.refinements,
+        )
     return {name: found[name] for name in args.networks}
 
 
@@ -525,8 +489,8 @@ def main(arguments: list[str] | None = None) -> None:
         rows = summarise(seeds, baseline=None)
         costs = {
             name: {
-                "parameters": run.num_parameters,
-                "images_per_second": run.images_per_second(args.splits.crop),
+                "parameters": num_parameters(run),
+                "images_per_second": images_per_second(run, args.splits.crop),
             }
             for name, run in predictors.items()
         }

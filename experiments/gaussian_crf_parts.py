@@ -18,27 +18,14 @@ minute for each seed's unary.
 Output: JSON, a Markdown table, affinities of reference pixels, and what the networks say of four images.
 """
 
-import argparse
 import dataclasses
 import functools
 from pathlib import Path
 
-from gaussian_crf_training import (
-    CAMVID,
-    PAPER,
-    SMOKE,
-    Row,
-    add_arguments,
-    affinity_figures,
-    chosen,
-    grouped,
-    qualitative_figure,
-    train_seed,
-)
-from training_tables import Splits, camvid_splits, parse, summarise, table, write
+from gaussian_crf_training import CAMVID, PAPER, SMOKE, Row, add_arguments, chosen, grouped, run_seeds
+from training_tables import Splits, camvid_splits, parse
 
 from jaxcrf.data import open_folder
-from jaxcrf.training import evaluate_pipeline
 
 # What CamVid has of things that are not the scene itself.
 PARTS = ("pole", "sign", "fence", "car", "pedestrian", "bicyclist")
@@ -82,33 +69,11 @@ def main(arguments: list[str] | None = None) -> None:
     more = functools.partial(add_arguments, scales=SCALES)
     datasets = {"person_part": person_part_splits, "camvid": camvid_splits}
     with parse(__doc__, arguments, splits=datasets, add_arguments=more) as args:
-        run(args)
-
-
-def run(args: argparse.Namespace) -> None:
-    """What the command line asks for."""
-    setting, rows = chosen(args, SCALES)
-    splits: Splits = args.splits
-    if args.scale != "full":
-        splits = grouped(splits, PARTS, "background", separate=True)
-    seeds, trained = [], {}
-    for seed in range(args.seeds):
-        figures, trained = train_seed(
-            args,
-            setting,
-            splits,
-            rows,
-            lambda function: evaluate_pipeline(function, splits.evaluated()),
-            seed,
-        )
-        seeds.append(figures)
-        print(table(summarise(seeds)))
-    found = summarise(seeds)
-    text = table(found, paper=PAPER_FIGURES if args.scale == "full" else None)
-    write(args, "gaussian_crf_parts", __file__, found, text, steps=setting.steps)
-    stem = f"gaussian_crf_parts_{args.dataset}"
-    affinity_figures(trained, splits, len(splits.val) // 2, args.out, stem)
-    qualitative_figure(trained, splits, args.out / f"{stem}.png")
+        setting, rows = chosen(args, SCALES)
+        splits: Splits = args.splits
+        if args.scale != "full":
+            splits = grouped(splits, PARTS, "background", separate=True)
+        run_seeds(args, "gaussian_crf_parts", __file__, setting, splits, rows, paper=PAPER_FIGURES)
 
 
 if __name__ == "__main__":

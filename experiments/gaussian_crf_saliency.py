@@ -28,19 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from gaussian_crf_training import (
-    CAMVID,
-    PAPER,
-    SMOKE,
-    Row,
-    add_arguments,
-    affinity_figures,
-    chosen,
-    grouped,
-    qualitative_figure,
-    train_seed,
-)
-from training_tables import Splits, camvid_splits, parse, summarise, table, write
+from gaussian_crf_training import CAMVID, PAPER, SMOKE, Row, add_arguments, chosen, grouped, run_seeds
+from training_tables import Splits, camvid_splits, parse
 
 from jaxcrf import metrics, plots
 from jaxcrf.data import Pipeline, open_folder
@@ -117,19 +106,19 @@ def run(args: argparse.Namespace) -> None:
             for name, pipeline in measured.items()
         }
 
-    columns = {name: name for name in measured}
-    seeds, trained = [], {}
-    for seed in range(args.seeds):
-        figures, trained = train_seed(args, setting, splits, rows, figures_of, seed)
-        seeds.append(figures)
-        print(table(summarise(seeds, baseline=None), columns))
-    found = summarise(seeds, baseline=None)
-    write(args, "gaussian_crf_saliency", __file__, found, table(found, columns), steps=setting.steps)
-    stem = f"gaussian_crf_saliency_{args.dataset}"
-    affinity_figures(trained, splits, len(splits.val) // 2, args.out, stem)
-    qualitative_figure(trained, splits, args.out / f"{stem}.png")
+    trained = run_seeds(
+        args,
+        "gaussian_crf_saliency",
+        __file__,
+        setting,
+        splits,
+        rows,
+        evaluate=figures_of,
+        columns={name: name for name in measured},
+    )
     curves = {name: curve(network.predict, splits.evaluated()) for name, network in trained.items()}
-    plots.save_figure(plots.precision_recall(curves), args.out / f"{stem}_curves.png")
+    figure = plots.precision_recall(curves)
+    plots.save_figure(figure, args.out / f"gaussian_crf_saliency_{args.dataset}_curves.png")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from training_tables import Figures, Splits, predict
+from training_tables import Figures, Splits, predict, summarise, table, write
 
 from jaxcrf import plots
 from jaxcrf.data import Augmentation, Pipeline, SegmentationFolder
 from jaxcrf.filters import Gram
 from jaxcrf.models import ModelConfig
-from jaxcrf.training import Experiment, Update, load_model, objectives, protocols, recipes, train
-from jaxcrf.training.losses import class_weights
+from jaxcrf.training import (
+    Experiment,
+    Update,
+    evaluate_pipeline,
+    load_model,
+    objectives,
+    protocols,
+    recipes,
+    train,
+)
 from jaxcrf.training.schedules import optimizer_dense_gaussian_crf, polynomial_decay, warmup
 
 Phase = Literal[1, 2, 3]
@@ -138,14 +146,8 @@ def chosen(args: argparse.Namespace, scales: Scales) -> tuple[Setting, dict[str,
     return setting, wanted
 
 
-@functools.cache
-def mild_weights(folder: SegmentationFolder) -> tuple[float, ...]:
-    """Square roots of the inverse frequencies of labels, with mean one."""
-    counts = np.zeros(folder.num_labels)
-    for _, labels in folder:
-        counts += np.bincount(labels[labels != folder.ignore_label], minlength=folder.num_labels)
-    weights = np.sqrt(class_weights(counts, kind="inverse_frequency"))
-    return tuple((weights / weights.mean()).tolist())
+# Of one folder for all rows: it takes a pass over its labels.
+mild_class_weights = functools.cache(recipes.mild_class_weights)
 
 
 def experiment(
@@ -159,7 +161,7 @@ def experiment(
     initial: str | Path | None,
 ) -> Experiment:
     """Some of the three phases of a row's network."""
-    options: dict[str, Any] = {"class_weights": mild_weights(splits.train)} if setting.weighted else {}
+    options: dict[str, Any] = {"class_weights": mild_class_weights(splits.train)} if setting.weighted else {}
     counts = [max(1, count) for count in setting.steps]
     above = ("pairwise/*", "crf/*")
     # While the pairwise terms are trained alone, nothing flows through the unary.
@@ -265,6 +267,52 @@ def train_seed(
         model = train(phases, folder / name).model
         trained[name] = Trained(model, predict(model))
     return {name: evaluate(network.predict) for name, network in trained.items()}, trained
+
+
+def run_seeds(
+    args: argparse.Namespace,
+    name: str,
+    source: str,
+    setting: Setting,
+    splits: Splits,
+    rows: Mapping[str, Row],
+    *,
+    evaluate: Callable[[Callable[[Any], Any]], Figures] | None = None,
+    columns: Mapping[str, str] | None = None,
+    paper: Mapping[str, float] | None = None,
+    shown: Callable[[str], bool] = lambda row: True,
+) -> dict[str, Trained]:
+    """An experiment: all seeds, their results and figures on disk, and the networks of the last seed.
+
+    Args:
+        args: of `training_tables.parse`.
+        name: what its files are called.
+        source: its file.
+        setting: how networks are made and trained.
+        splits: the data.
+        rows: the networks by name.
+        evaluate: figures of a function of images to logits; None for those of `evaluate_pipeline`.
+        columns: of the table, see there; None for mIoU with its gain over the unary, and accuracies.
+        paper: likewise.
+        shown: of which rows the qualitative figure has a column.
+    """
+    baseline = "unary" if columns is None else None
+    if evaluate is None:
+        evaluate = functools.partial(evaluate_pipeline, pipeline=splits.evaluated())
+    seeds: list[dict[str, Figures]] = []
+    trained: dict[str, Trained] = {}
+    for seed in range(args.seeds):
+        figures, trained = train_seed(args, setting, splits, rows, evaluate, seed)
+        seeds.append(figures)
+        print(table(summarise(seeds, baseline), columns))
+    found = summarise(seeds, baseline)
+    text = table(found, columns, paper if args.scale == "full" else None)
+    write(args, name, source, found, text, steps=setting.steps)
+    stem = f"{name}_{args.dataset}"
+    affinity_figures(trained, splits, len(splits.val) // 2, args.out, stem)
+    columns_shown = {row: network for row, network in trained.items() if shown(row)}
+    qualitative_figure(columns_shown, splits, args.out / f"{stem}.png")
+    return trained
 
 
 def affinity_figures(

@@ -34,26 +34,14 @@ Output: JSON, a Markdown table, the affinities of reference pixels (fig. 3 and 4
 rows say of four images (fig. 5).
 """
 
-import argparse
 import dataclasses
 import functools
 from pathlib import Path
 
-from gaussian_crf_training import (
-    CAMVID,
-    PAPER,
-    SMOKE,
-    Row,
-    add_arguments,
-    affinity_figures,
-    chosen,
-    qualitative_figure,
-    train_seed,
-)
-from training_tables import Splits, camvid_splits, parse, summarise, table, voc_splits, write
+from gaussian_crf_training import CAMVID, PAPER, SMOKE, Row, add_arguments, chosen, run_seeds
+from training_tables import Splits, camvid_splits, parse, voc_splits
 
 from jaxcrf.data import open_folder
-from jaxcrf.training import evaluate_pipeline
 
 DEPTHS = ("res2a", "res3a", "res4a")
 
@@ -109,32 +97,17 @@ def main(arguments: list[str] | None = None) -> None:
     more = functools.partial(add_arguments, scales=SCALES)
     datasets = {"voc2012": paper_splits, "camvid": camvid_splits}
     with parse(__doc__, arguments, splits=datasets, add_arguments=more) as args:
-        run(args)
-
-
-def run(args: argparse.Namespace) -> None:
-    """What the command line asks for."""
-    setting, rows = chosen(args, SCALES)
-    splits: Splits = args.splits
-    seeds, trained = [], {}
-    for seed in range(args.seeds):
-        figures, trained = train_seed(
+        setting, rows = chosen(args, SCALES)
+        run_seeds(
             args,
+            "gaussian_crf_voc",
+            __file__,
             setting,
-            splits,
+            args.splits,
             rows,
-            lambda function: evaluate_pipeline(function, splits.evaluated()),
-            seed,
+            paper=PAPER_FIGURES,
+            shown=("unary", *[*rows][-2:]).__contains__,
         )
-        seeds.append(figures)
-        print(table(summarise(seeds)))
-    found = summarise(seeds)
-    text = table(found, paper=PAPER_FIGURES if args.scale == "full" else None)
-    write(args, "gaussian_crf_voc", __file__, found, text, steps=setting.steps)
-    stem = f"gaussian_crf_voc_{args.dataset}"
-    affinity_figures(trained, splits, len(splits.val) // 2, args.out, stem)
-    shown = dict([*trained.items()][:1] + [*trained.items()][-2:])
-    qualitative_figure(shown, splits, args.out / f"{stem}.png")
 
 
 if __name__ == "__main__":

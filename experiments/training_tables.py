@@ -13,10 +13,12 @@ import numpy as np
 from convcrf_synthetic import find_data, write_demonstration_folder
 from flax import nnx
 
-from jaxcrf import reporting
-from jaxcrf.data import Pipeline, SegmentationFolder, open_folder
+from jaxcrf import presets, reporting
+from jaxcrf.data import Pipeline, SegmentationFolder, augmentation, open_folder
 from jaxcrf.data.images import replacing
-from jaxcrf.training import recipes
+from jaxcrf.presets import Preset
+from jaxcrf.training import recipes, search
+from jaxcrf.training.search import PRESETS
 
 FIGURES = ("mean_iou", "pixel_accuracy", "class_accuracy")
 
@@ -130,6 +132,70 @@ def predict(module: nnx.Module) -> Callable[[Any], Any]:
     definition, state = nnx.split(module)
     run = jax.jit(lambda state, images: nnx.merge(definition, state)(images))
     return lambda images: run(state, images)
+
+
+class Predictor:
+    """A network as a function of an image `[H, W, 3]` to its logits, which compiles once for all sizes."""
+
+    def __init__(self, network: nnx.Module, whole: tuple[int, int]):
+        self.network = network
+        self.run = predict(network)
+        self._whole = whole
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Logits `[H, W, L]`."""
+        height, width, _ = image.shape
+        whole = np.full((1, *self._whole, 3), augmentation.MEAN_COLOR, np.uint8)
+        whole[0, :height, :width] = image
+        return np.asarray(self.run(whole))[0, :height, :width]
+
+
+def searched(
+    path: Path,
+    folder: SegmentationFolder,
+    predictor: Callable[[np.ndarray], np.ndarray],
+    *,
+    count: int,
+    space: Mapping[str, Sequence[float]],
+    coarse: int,
+    refinements: int,
+) -> Preset:
+    """The fully connected CRF's parameters that are best on held-out images; found once, and read afterwards.
+
+    Args:
+        path: the file that holds them.
+        folder: the images.
+        predictor: an image to its logits.
+        count: how many of the images, spread over the folder.
+        space: see `search`.
+        coarse: likewise.
+        refinements: likewise.
+    """
+    if path.exists():
+        return presets.load(path)
+    chosen = np.linspace(0, len(folder) - 1, min(count, len(folder))).round().astype(int)
+    # In half the memory, where there are hundreds of images of 21 labels.
+    stored = [
+        (image, predictor(image).astype(np.float16), labels)
+        for image, labels in map(folder.__getitem__, chosen)
+    ]
+
+    def examples() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        return ((image, logits.astype(np.float32), labels) for image, logits, labels in stored)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = search(
+        examples,
+        preset=PRESETS["densecrf"],
+        space=space,
+        unary="logits",
+        ignore_label=folder.ignore_label,
+        coarse=coarse,
+        refinements=refinements,
+        log=path.with_suffix(".jsonl"),
+    )
+    presets.save(found.best, path)
+    return found.best
 
 
 def summarise(

@@ -1,6 +1,7 @@
 """The ConvCRF layer."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,17 @@ optax = pytest.importorskip("optax")
 from jaxcrf.nn import ConvCRF  # noqa: E402  (needs flax)
 from jaxcrf.nn.mean_field import infer  # noqa: E402
 from jaxcrf.training import losses  # noqa: E402
+from layer_suite import (  # noqa: E402
+    LABELS,
+    check_batches_and_reach,
+    check_values_and_gradients,
+    example,
+    learned_number,
+    moved,
+    names,
+    pixel_features,
+)
 
-LABELS = 3
 NUMBERS = (
     "bilateral_color_bandwidth",
     "bilateral_position_bandwidth",
@@ -44,23 +54,11 @@ VARIANTS["+CT"] = VARIANTS["+C"] | VARIANTS["+T"]
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
-def example(height=4, width=5, *batch, seed=0, labels=LABELS):
-    rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (*batch, height, width, 3)).astype(np.uint8)
-    return images, jnp.asarray(rng.normal(size=(*batch, height, width, labels)), jnp.float32)
-
-
 def create(variant, *, shape=(4, 5), preset=TINY, **options):
     given = VARIANTS[variant] | options
     return ConvCRF(
         LABELS, preset=preset, image_shape=shape if given.get("trainable_features") else None, **given
     )
-
-
-def names(layer):
-    """The parameters by name."""
-    flat = nnx.to_flat_state(nnx.state(layer, nnx.Param))
-    return {"/".join(map(str, path)): leaf[...] for path, leaf in flat}
 
 
 @pytest.mark.parametrize(
@@ -119,39 +117,18 @@ def test_what_is_learned_is_what_was_asked_for(variant):
     assert "scales/bilateral_position_bandwidth" not in names(create(variant, preset=without))
 
 
-def moved(layer, seed=1):
-    """The layer's parameters away from where they began, as a dictionary and in it."""
-    rng = np.random.default_rng(seed)
-    graph, state = nnx.split(layer)
-    state = jax.tree.map(lambda x: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), state)
-    return nnx.merge(graph, state)
-
-
 def oracle(images, logits, parameters, preset):
     """Marginals, pixel by pixel in float64."""
-    p = {name: np.asarray(value, np.float64) for name, value in parameters.items()}
-
-    def number(name):
-        initial = np.asarray(getattr(preset, name), np.float64)
-        return initial * np.log1p(np.exp(p[f"scales/{name}"])) if f"scales/{name}" in p else initial
-
-    height, width, _ = images.shape
-    places = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), -1).astype(float)
-    smooth = places / number("position_bandwidth") + p.get("feature_offsets", 0.0)
-    appearance = np.concatenate(
-        [
-            places / number("bilateral_position_bandwidth"),
-            images / number("bilateral_color_bandwidth"),
-        ],
-        axis=-1,
-    )
+    number = learned_number(parameters, preset)
+    places, smooth, appearance = pixel_features(images, number)
+    smooth = smooth + parameters.get("feature_offsets", 0.0)
     reach = np.asarray(preset.filter_size) // 2
     inside = (np.abs(places.reshape(-1, 1, 2) - places.reshape(1, -1, 2)) <= reach).all(-1)
     kernel = number("position_weight") * oracles.gaussian_matrix(smooth.reshape(-1, 2))
     kernel = kernel + number("bilateral_weight") * oracles.gaussian_matrix(appearance.reshape(-1, 5))
     kernel = kernel * inside
-    penalty = p.get("compatibility", 1 - np.eye(LABELS))
-    u = np.asarray(logits, np.float64).reshape(-1, LABELS)
+    penalty = parameters.get("compatibility", 1 - np.eye(LABELS))
+    u = logits.reshape(-1, LABELS)
     q = oracles.softmax(u)
     for _ in range(preset.num_iterations):
         q = oracles.softmax(number("unary_weight") * u - kernel @ q @ penalty.T)
@@ -169,39 +146,8 @@ def oracle(images, logits, parameters, preset):
 )
 def test_values_and_gradients_are_those_of_float64_loops(variant, axes):
     preset = TINY if axes == "per axis" else dataclasses.replace(TINY, position_bandwidth=1.5)
-    images, logits = example()
     layer = moved(create(variant, preset=preset))
-    cotangent = np.random.default_rng(2).normal(size=logits.shape)
-    graph, state = nnx.split(layer)
-
-    @jax.jit
-    def objective(state, logits):
-        return jnp.sum(nnx.merge(graph, state).infer(images, logits).probs * cotangent)
-
-    value, (found, by_logits) = jax.value_and_grad(objective, argnums=(0, 1))(state, logits)
-    parameters = names(layer)
-    np.testing.assert_allclose(
-        layer.infer(images, logits).probs, oracle(images, logits, parameters, preset), atol=2e-6
-    )
-    expected_value = np.sum(oracle(images, logits, parameters, preset) * cotangent)
-    np.testing.assert_allclose(value, expected_value, atol=2e-5)
-
-    gradients = {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(found)}
-    assert set(gradients) == set(parameters)
-    everything = {k: np.asarray(v, np.float64) for k, v in parameters.items()} | {
-        "logits": np.asarray(logits, np.float64)
-    }
-    for name, gradient in (gradients | {"logits": by_logits}).items():
-        expected = np.zeros(np.shape(gradient))
-        for at in np.ndindex(expected.shape):
-            for sign in (1, -1):
-                shifted = {k: v.copy() for k, v in everything.items()}
-                shifted[name][at] += sign * 1e-5
-                probs = oracle(images, shifted.pop("logits"), shifted, preset)
-                expected[at] += sign * np.sum(probs * cotangent) / 2e-5
-        # Roundings of float32 in sums over 20 pixels and their windows, of terms of order one.
-        np.testing.assert_allclose(gradient, expected, atol=2e-5, err_msg=name)
-        assert np.abs(expected).max() > 1e-3
+    check_values_and_gradients(layer, functools.partial(oracle, preset=preset))
 
 
 @pytest.mark.parametrize(
@@ -210,23 +156,7 @@ def test_values_and_gradients_are_those_of_float64_loops(variant, axes):
 def test_a_batch_is_a_loop_and_every_parameter_is_reached(variant):
     preset = dataclasses.replace(jaxcrf.presets.get("convcrf"), num_iterations=2, filter_size=3)
     layer = moved(create(variant, shape=(9, 10), preset=preset))
-    images, logits = example(9, 10, 2)
-    labels = np.random.default_rng(3).integers(0, LABELS, logits.shape[:-1])
-
-    @nnx.jit
-    def gradients(layer, images, logits, labels):
-        def loss(layer):
-            refined = layer(images, logits)
-            return losses.cross_entropy(refined, labels), refined
-
-        return nnx.grad(loss, has_aux=True)(layer)
-
-    found, refined = gradients(layer, images, logits, labels)
-    leaves = jax.tree.leaves(nnx.state(found))
-    assert len(leaves) == len(names(layer))
-    assert all(np.abs(leaf).max() > 0 for leaf in leaves)
-    for image, unary, expected in zip(images, logits, refined, strict=True):
-        np.testing.assert_allclose(layer(image, unary), expected, atol=2e-5)
+    check_batches_and_reach(layer, *example(9, 10, 2))
 
 
 def test_bfloat16_logits_are_storage_only():

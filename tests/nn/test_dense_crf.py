@@ -14,9 +14,17 @@ nnx = pytest.importorskip("flax.nnx")
 
 from jaxcrf.nn import ConvCRF, DenseCRF  # noqa: E402  (needs flax)
 from jaxcrf.nn.mean_field import infer  # noqa: E402
-from jaxcrf.training import losses  # noqa: E402
+from layer_suite import (  # noqa: E402
+    LABELS,
+    check_batches_and_reach,
+    check_values_and_gradients,
+    example,
+    learned_number,
+    moved,
+    names,
+    pixel_features,
+)
 
-LABELS = 3
 TINY = jaxcrf.Preset(
     position_weight=0.6,
     position_bandwidth=1.5,
@@ -33,28 +41,8 @@ BANDWIDTHS = ("position_bandwidth", "bilateral_position_bandwidth", "bilateral_c
 CRF_AS_RNN = {"weights_per_label": True, "trainable_compatibility": True}
 
 
-def example(height=4, width=5, *batch, seed=0):
-    rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (*batch, height, width, 3)).astype(np.uint8)
-    return images, jnp.asarray(rng.normal(size=(*batch, height, width, LABELS)), jnp.float32)
-
-
 def create(preset=TINY, **options):
     return DenseCRF(LABELS, preset=preset, **options)
-
-
-def moved(layer, seed=1):
-    """The layer with its parameters away from where they began."""
-    rng = np.random.default_rng(seed)
-    graph, state = nnx.split(layer)
-    state = jax.tree.map(lambda x: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), state)
-    return nnx.merge(graph, state)
-
-
-def names(layer):
-    """The parameters by name."""
-    flat = nnx.to_flat_state(nnx.state(layer, nnx.Param))
-    return {"/".join(map(str, path)): leaf[...] for path, leaf in flat}
 
 
 @pytest.mark.parametrize(
@@ -98,31 +86,17 @@ def test_what_is_learned_is_what_was_asked_for():
         assert f"scales/{kernel}" not in names(create(without, weights_per_label=True))
 
 
-def oracle(images, logits, parameters, preset):
+def oracle(images, logits, parameters):
     """Marginals, pixel by pixel in float64."""
-    p = {name: np.asarray(value, np.float64) for name, value in parameters.items()}
-
-    def number(name):
-        initial = np.asarray(getattr(preset, name), np.float64)
-        return initial * np.log1p(np.exp(p[f"scales/{name}"])) if f"scales/{name}" in p else initial
-
-    height, width, _ = images.shape
-    places = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), -1).astype(float)
-    near = places / number("position_bandwidth")
-    alike = np.concatenate(
-        [
-            places / number("bilateral_position_bandwidth"),
-            images / number("bilateral_color_bandwidth"),
-        ],
-        axis=-1,
-    )
+    number = learned_number(parameters, TINY)
+    _, near, alike = pixel_features(images, number)
     kernels = [oracles.gaussian_matrix(f.reshape(-1, f.shape[-1])) for f in (near, alike)]
     kernels = [k / k.sum(1, keepdims=True) for k in kernels]  # "after"
     weights = [np.broadcast_to(number(name), LABELS) for name in KERNELS]
-    penalty = p.get("compatibility", 1 - np.eye(LABELS))
-    u = np.asarray(logits, np.float64).reshape(-1, LABELS)
+    penalty = parameters.get("compatibility", 1 - np.eye(LABELS))
+    u = logits.reshape(-1, LABELS)
     q = oracles.softmax(u)
-    for _ in range(preset.num_iterations):
+    for _ in range(TINY.num_iterations):
         message = sum(k @ q * w for k, w in zip(kernels, weights, strict=True))
         q = oracles.softmax(number("unary_weight") * u - message @ penalty.T)
     return q.reshape(logits.shape)
@@ -138,57 +112,12 @@ def oracle(images, logits, parameters, preset):
     ],
 )
 def test_values_and_gradients_are_those_of_float64_loops(options):
-    images, logits = example()
-    layer = moved(create(**options))
-    cotangent = np.random.default_rng(2).normal(size=logits.shape)
-    graph, state = nnx.split(layer)
-
-    @jax.jit
-    def objective(state, logits):
-        probs = nnx.merge(graph, state).infer(images, logits).probs
-        return jnp.sum(probs * cotangent), probs
-
-    (_, probs), (found, by_logits) = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(
-        state, logits
-    )
-    parameters = names(layer)
-    np.testing.assert_allclose(probs, oracle(images, logits, parameters, TINY), atol=2e-6)
-    gradients = {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(found)}
-    assert set(gradients) == set(parameters)
-    everything = {k: np.asarray(v, np.float64) for k, v in parameters.items()}
-    everything["logits"] = np.asarray(logits, np.float64)
-    for name, gradient in (gradients | {"logits": by_logits}).items():
-        expected = np.zeros(np.shape(gradient))
-        for at in np.ndindex(expected.shape):
-            for sign in (1, -1):
-                shifted = {k: v.copy() for k, v in everything.items()}
-                shifted[name][at] += sign * 1e-5
-                p = oracle(images, shifted.pop("logits"), shifted, TINY)
-                expected[at] += sign * np.sum(p * cotangent) / 2e-5
-        # Roundings of float32 in sums over 20 pixels of terms of order one.
-        np.testing.assert_allclose(gradient, expected, atol=2e-5, err_msg=name)
-        assert np.abs(expected).max() > 1e-3
+    check_values_and_gradients(moved(create(**options)), oracle)
 
 
 def test_a_batch_is_a_loop_and_every_parameter_is_reached():
     layer = moved(create(filter="lattice", **CRF_AS_RNN))
-    images, logits = example(6, 7, 2)
-    labels = np.random.default_rng(3).integers(0, LABELS, logits.shape[:-1])
-
-    @nnx.jit
-    def gradients(layer, images, logits, labels):
-        def loss(layer):
-            refined = layer(images, logits)
-            return losses.cross_entropy(refined, labels), refined
-
-        return nnx.grad(loss, has_aux=True)(layer)
-
-    found, refined = gradients(layer, images, logits, labels)
-    leaves = jax.tree.leaves(nnx.state(found))
-    assert len(leaves) == 4
-    assert all(np.all(np.abs(leaf) > 0) for leaf in leaves)
-    for image, unary, expected in zip(images, logits, refined, strict=True):
-        np.testing.assert_allclose(layer(image, unary), expected, atol=2e-5)
+    check_batches_and_reach(layer, *example(6, 7, 2))
 
 
 def test_a_window_of_the_whole_image_is_the_same_crf():
