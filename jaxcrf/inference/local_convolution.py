@@ -26,8 +26,8 @@ class Reach(NamedTuple):
     @classmethod
     def of(cls, window: tuple[int, int]) -> "Reach":
         """That of a window of so many pixels, 50 from -25 to +24."""
-        before = tuple(n // 2 for n in window)
-        return cls(before, tuple(n - 1 - b for n, b in zip(window, before, strict=True)))  # type: ignore[arg-type]
+        before = window[0] // 2, window[1] // 2
+        return cls(before, (window[0] - 1 - before[0], window[1] - 1 - before[1]))
 
     @property
     def window(self) -> tuple[int, int]:
@@ -41,14 +41,20 @@ class Reach(NamedTuple):
 
     def within(self, height: int, width: int) -> "Reach":
         """Without what lies outside the image wherever the pixel is, and so counts nowhere."""
-        most = (height - 1, width - 1)
-        return Reach(
-            *(tuple(min(n, m) for n, m in zip(side, most, strict=True)) for side in self)  # type: ignore[arg-type]
-        )
+        before, after = ((min(y, height - 1), min(x, width - 1)) for y, x in self)
+        return Reach(before, after)
+
+
+class Wanted(NamedTuple):
+    """What one pass over the windows is to find; see `Streamed`."""
+
+    message: bool
+    pull: bool
+    distances: bool
 
 
 class Streamed(NamedTuple):
-    """What one pass over the windows finds; None where it was not asked for.
+    """What one pass over the windows finds; None where it was not wanted.
 
     Attributes:
         message: `Σ_z d(j, z) x_z`, `[batch, height, width, labels]`.
@@ -63,7 +69,7 @@ class Streamed(NamedTuple):
 
 def read_window(window: int | Sequence[int]) -> tuple[int, int]:
     """Checks a window and expands it to its height and width."""
-    sizes: tuple[Any, ...] = tuple(window) if np.ndim(window) else (window,) * 2  # type: ignore[arg-type]
+    sizes: tuple[Any, ...] = (window, window) if np.ndim(window) == 0 else tuple(window)  # type: ignore[arg-type]  # np.ndim tells mypy nothing
     if len(sizes) != 2 or any(not _checks.is_whole(n) or n < 1 for n in sizes):
         raise ValueError(
             f"window: got {window!r}; expected a whole number >= 1, odd or even, or a height and a width"
@@ -310,7 +316,7 @@ def _tap_by_tap_transposed(reach: Reach, by_row: bool, x: Array, k: Array, g: Ar
 
 def stream_taps(
     reach: Reach,
-    wanted: Streamed,
+    wanted: Wanted,
     by_row: bool,
     x: Array,
     image: Array,
@@ -321,7 +327,7 @@ def stream_taps(
 
     Args:
         reach: of the window.
-        wanted: true for what is to be found.
+        wanted: what is to be found.
         by_row: whether blocks are rows, or whole images.
         x: `[batch, height, width, labels]`.
         image: `[batch, height, width, channels]`.
@@ -329,7 +335,7 @@ def stream_taps(
         partner: shaped like `x`; needed for all but the message.
 
     Returns:
-        What was wanted.
+        What was found.
     """
     walk = _Walk.over(reach, x, by_row)
     maps, colours = walk.pad(x), walk.pad(image)
@@ -355,7 +361,7 @@ def stream_taps(
                     distances = distances + jnp.stack([agreement * colour, agreement * position])
             return Streamed(message, pull, distances)
 
-        def zeros(wanted: Any, *shape: int) -> Array | None:
+        def zeros(wanted: bool, *shape: int) -> Array | None:
             return jnp.zeros(shape, x.dtype) if wanted else None
 
         start_from = Streamed(

@@ -17,6 +17,7 @@ from jaxcrf.filters.base import broadcast_to_batch, flatten_batch
 from jaxcrf.inference.local_convolution import (
     Reach,
     Streamed,
+    Wanted,
     read_maps,
     read_window,
     rows_first,
@@ -159,7 +160,7 @@ def _weighted_sums(reach: Reach, method: Method, x: Array, image: Array, weights
     """`Σ_z d(j, z) x_z` of `[batch, height, width, labels]`."""
     if reach.window == (1, 1):
         return jnp.zeros_like(x)
-    return _stream(reach, method, Streamed(True, False, False), x, image, weights).message  # type: ignore[arg-type, return-value]
+    return _stream(reach, method, Wanted(True, False, False), x, image, weights).message  # type: ignore[return-value]  # it was wanted
 
 
 def _weighted_sums_fwd(
@@ -175,9 +176,9 @@ def _weighted_sums_bwd(
     if reach.window == (1, 1):
         return jnp.zeros_like(x), jnp.zeros_like(image), jnp.zeros_like(weights)
     # Every pair (j, z) moves with I_j - I_z, which j enters once as receiver and once as sender.
-    everything = Streamed(True, True, True)  # type: ignore[arg-type]
-    sent = _stream(reach.mirrored, method, everything, g, image, weights, x)
-    received = _stream(reach, method, Streamed(False, True, False), x, image, weights, g)  # type: ignore[arg-type]
+    sent = _stream(reach.mirrored, method, Wanted(True, True, True), g, image, weights, x)
+    received = _stream(reach, method, Wanted(False, True, False), x, image, weights, g)
+    # All that is added and returned was wanted.
     pull = 2 * weights[0] * (sent.pull + received.pull)  # type: ignore[operator]
     return sent.message, pull, sent.distances  # type: ignore[return-value]
 
@@ -191,7 +192,7 @@ _compiled_weighted_sums = jax.jit(_weighted_sums, static_argnums=(0, 1))
 def _stream(
     reach: Reach,
     method: Method,
-    wanted: Streamed,
+    wanted: Wanted,
     x: Array,
     image: Array,
     weights: Array,
@@ -229,7 +230,7 @@ class _Tiles(NamedTuple):
         # One column more for the sum of all, and whole blocks.
         columns = math.ceil((size[1] + width) / BLOCK) * BLOCK
         extent = (size[0] + height, columns)
-        return cls(reach, x.shape[:-1], tuple(counts), tuple(size), extent)  # type: ignore[arg-type]
+        return cls(reach, x.shape[:-1], (counts[0], counts[1]), (size[0], size[1]), extent)
 
     def pad(self, x: Array) -> Array:
         """`[batch, height, width, c]` to `[batch, rows, c, columns]`."""
@@ -267,7 +268,7 @@ class _Tiles(NamedTuple):
 
 def _stream_boxes(
     reach: Reach,
-    wanted: Streamed,
+    wanted: Wanted,
     by_row: bool,
     x: Array,
     image: Array,
@@ -301,7 +302,7 @@ def _cut(padded: Array, start: Array, size: tuple[int, ...]) -> Array:
 
 def _stream_tile(
     tiles: _Tiles,
-    wanted: Streamed,
+    wanted: Wanted,
     by_row: bool,
     weights: Array,
     maps: Array,
