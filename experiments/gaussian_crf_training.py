@@ -66,6 +66,8 @@ class Setting:
         stream: options that the CRFs of all rows have, as `width` of the pairwise stream.
         steps: of the three phases; 0 of the first where the unary is trained already.
         batch_size: of all phases.
+        crop: of training images; None for the data set's. Sums over pixels are means, so that what is learned from
+            crops fits whole images.
         augmentation: of the training images.
         optimizer: of a phase and its number of steps.
         num_pairs: see `objectives.pairwise`.
@@ -80,6 +82,7 @@ class Setting:
     steps: tuple[int, int, int]
     batch_size: int
     augmentation: Augmentation
+    crop: tuple[int, int] | None = None
     optimizer: Callable[[Phase, int], optax.GradientTransformation] = paper_optimizer
     num_pairs: int = 4096
     frozen: bool = False
@@ -103,8 +106,9 @@ CAMVID = Setting(
     network="small_fcn",
     network_options={"width": recipes.SCALES["cpu"].width, "reduction": recipes.SCALES["cpu"].reduction},
     stream={"width": 16, "depth": "res3a"},
-    steps=(0, 120, 80),
+    steps=(0, 120, 120),
     batch_size=8,
+    crop=(192, 256),
     augmentation=Augmentation(rotation=0.0, scale=(0.7, 1.6), brightness=25.0, hue=9.0),
     optimizer=adam,
     frozen=True,
@@ -193,7 +197,7 @@ def experiment(
         split: Pipeline(
             sources[split],
             batch_size=setting.batch_size,
-            size=splits.crop,
+            size=setting.crop or splits.crop,
             seed=seed,
             augmentation=setting.augmentation,
         )
