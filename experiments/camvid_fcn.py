@@ -34,6 +34,7 @@ from training_tables import predict, summarise, table
 from jaxcrf import plots, reporting
 from jaxcrf.data import Pipeline
 from jaxcrf.data.images import replacing
+from jaxcrf.models.convcrf import VARIANTS
 from jaxcrf.training import Run, evaluate_pipeline, recipes, train
 
 
@@ -119,7 +120,7 @@ def parse(arguments: list[str] | None) -> Iterator[argparse.Namespace]:
     parser.add_argument("--out", type=Path, default=Path("results"), help="where the results go")
     parser.add_argument("--smoke", action="store_true", help="a minute piece of everything, without data")
     args = parser.parse_args(arguments)
-    args.variants = recipes.VARIANTS
+    args.variants = VARIANTS
     if not args.smoke:
         args.data = find_data(args.data or Path("camvid"), parser)
         yield args

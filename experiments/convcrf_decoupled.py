@@ -48,7 +48,8 @@ from training_tables import FIGURES, Predictor, Splits, parse, predict, searched
 import jaxcrf
 from jaxcrf import evaluation, plots, presets
 from jaxcrf.data import Pipeline, augmentation
-from jaxcrf.models import ModelConfig
+from jaxcrf.models import ModelConfig, convcrf_options
+from jaxcrf.models.convcrf import VARIANTS, Variant
 from jaxcrf.presets import Preset
 from jaxcrf.training import (
     Experiment,
@@ -60,7 +61,6 @@ from jaxcrf.training import (
     recipes,
     train,
 )
-from jaxcrf.training.recipes import VARIANTS
 from jaxcrf.training.schedules import optimizer_convcrf, polynomial_decay
 from jaxcrf.training.search import SPACES
 
@@ -106,7 +106,7 @@ class Setting:
     crf_epochs: int = 10
     crf_batch_size: int = 4
     crf_learning_rate: float = 3e-2
-    variants: tuple[str, ...] = VARIANTS
+    variants: tuple[Variant, ...] = VARIANTS
     space: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=lambda: SPACES["densecrf"])
     searched: int = 200
     coarse: int = 3
@@ -149,23 +149,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def configuration(setting: Setting, splits: Splits, variant: str | None) -> ModelConfig:
+def configuration(setting: Setting, splits: Splits, variant: Variant | None) -> ModelConfig:
     """The network with a ConvCRF on top: of a variant, or one that is not learned."""
-    options: dict[str, Any] = {"preset": setting.preset}
-    if variant is None:
-        options |= {"learn_weights": False, "learn_bandwidths": False}
-    else:
-        learned = variant.partition("+")[2]
-        if "T" in learned:
-            options |= {"trainable_features": True, "image_shape": splits.whole}
-        if "C" in learned:
-            options |= {"trainable_compatibility": True}
     return ModelConfig.of(
         setting.network,
         splits.num_labels,
         **setting.network_options,
         refine="convcrf",
-        refine_options=options,
+        refine_options=convcrf_options(variant, splits.whole, preset=setting.preset),
     )
 
 

@@ -6,6 +6,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("jaxcrf.models needs Flax: pip install 'jaxcrf[train]'", name="flax") from error
 
 from jaxcrf.models.averaging import Averaged as Averaged
+from jaxcrf.models.convcrf import convcrf_options as convcrf_options
 from jaxcrf.models.registry import ModelConfig as ModelConfig
 from jaxcrf.models.registry import create as create
 from jaxcrf.models.registry import names as names

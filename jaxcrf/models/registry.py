@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcrf import _checks
+from jaxcrf.models.convcrf import Refined
 from jaxcrf.models.deeplab import DeepLab, DeepLabV2
 from jaxcrf.models.gaussian_crf import with_gaussian_crf
-from jaxcrf.models.refined import Refined
 from jaxcrf.models.resnet import ResNetFCN
 from jaxcrf.models.small_fcn import SmallFCN
 from jaxcrf.models.vgg import VGG16FCN

@@ -3,23 +3,20 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import optax
 
 from jaxcrf.data import Augmentation, Pipeline, SegmentationFolder, open_folder
 from jaxcrf.data.folders.base import hash_order
-from jaxcrf.models import ModelConfig
+from jaxcrf.models import ModelConfig, convcrf_options
+from jaxcrf.models.convcrf import VARIANTS, Variant
 from jaxcrf.training import objectives
 from jaxcrf.training.loop import Experiment
 from jaxcrf.training.losses import class_weights
 from jaxcrf.training.protocols import Stage
 from jaxcrf.training.schedules import adam, polynomial_decay, warmup
 from jaxcrf.training.updates import Update
-
-Variant: TypeAlias = Literal["convcrf", "convcrf+T", "convcrf+C", "convcrf+CT"]
-VARIANTS: tuple[Variant, ...] = ("convcrf", "convcrf+T", "convcrf+C", "convcrf+CT")
 
 _HELD_OUT = 67
 
@@ -103,7 +100,7 @@ def camvid_unary(root: str | Path, *, seed: int = 0, scale: str | Scale = "cpu")
     )
     return Experiment(
         name="camvid_unary",
-        model=_model(size, "convcrf", shape, learned=False),
+        model=_model(size, None, shape),
         data=data,
         stages=(Stage("unary", steps, (update,)),),
         label_names=val.label_names,
@@ -126,8 +123,7 @@ def camvid_crf(
     Args:
         root: the folder of CamVid.
         initial: the folder of the unary's run.
-        variant: "convcrf" learns kernel weights and bandwidths, "+T" the smoothness features as well, "+C" a matrix of
-            label compatibilities, "+CT" both.
+        variant: what is learned, see `models.convcrf_options`.
         seed: of the order of the images.
         scale: that of the unary.
 
@@ -138,6 +134,7 @@ def camvid_crf(
         ValueError: if the data set is not there, or there is no such variant or scale.
 
     Example:
+        >>> from jaxcrf.models.convcrf import VARIANTS
         >>> VARIANTS
         ('convcrf', 'convcrf+T', 'convcrf+C', 'convcrf+CT')
 
@@ -167,7 +164,7 @@ def camvid_crf(
     )
     return Experiment(
         name=f"camvid_{variant}",
-        model=_model(size, variant, shape, learned=True),
+        model=_model(size, variant, shape),
         data=data,
         stages=(Stage("crf", steps, (update,), split="held_out"),),
         label_names=val.label_names,
@@ -245,19 +242,12 @@ def _evaluated(folder: SegmentationFolder, shape: tuple[int, int]) -> Pipeline:
     return Pipeline(folder, batch_size=min(4, len(folder)), size=shape)
 
 
-def _model(size: Scale, variant: Variant, shape: tuple[int, int], *, learned: bool) -> ModelConfig:
-    options: dict[str, Any] = {"learn_weights": learned, "learn_bandwidths": learned}
-    if learned:
-        options["preset"] = "convcrf_trainable"
-    if "T" in variant.partition("+")[2]:
-        options |= {"trainable_features": True, "image_shape": shape}
-    if "C" in variant.partition("+")[2]:
-        options |= {"trainable_compatibility": True}
+def _model(size: Scale, variant: Variant | None, shape: tuple[int, int]) -> ModelConfig:
     return ModelConfig.of(
         "small_fcn",
         11,
         width=size.width,
         reduction=size.reduction,
         refine="convcrf",
-        refine_options=options,
+        refine_options=convcrf_options(variant, shape),
     )

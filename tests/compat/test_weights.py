@@ -15,9 +15,9 @@ from flax import nnx
 
 import torch_networks
 from jaxcrf.compat import weights
+from jaxcrf.models.convcrf import Refined
 from jaxcrf.models.deeplab import DeepLab, DeepLabV2
 from jaxcrf.models.parameters import is_key, named_leaves
-from jaxcrf.models.refined import Refined
 from jaxcrf.models.resnet import ResNet, ResNetFCN
 from jaxcrf.models.small_fcn import SmallFCN
 from jaxcrf.models.vgg import VGG16, VGG16FCN
