@@ -168,7 +168,7 @@ class HReNet(RecurrentNetwork):
     r"""VGG-16 at stride 8, whose last features a recurrent layer group carries over the whole image.
 
     The fully convolutional network below it, with `cell=None` the whole network, is VGG-16 by the hole algorithm,
-    `conv6`, 3 × 3 taps 12 cells apart, and `conv7`, 3 × 3. (DeepLab-LargeFOV has pools of 3 × 3 and a `conv7` of 1 × 1.)
+    `conv6`, 3 × 3 taps 12 cells apart, and `conv7`, 3 × 3. (DeepLab-LargeFOV has pools of 3 × 3, and 1 × 1 taps there.)
     Its `conv8`, a 1 × 1 convolution to scores, is `classifier` here; the group comes before it.
 
     With several `sources`, the paper's multi-layer feature combination, their maps are concatenated. A
@@ -279,9 +279,7 @@ class HReNet(RecurrentNetwork):
         last = sum(channels[source] for source in self._sources)
         check_count("recurrent_channels", recurrent_channels)
         self.group = (
-            None
-            if cell is None
-            else ReNetGroup(last, recurrent_channels, cell=cell, chunk=chunk, **options)
+            None if cell is None else ReNetGroup(last, recurrent_channels, cell=cell, chunk=chunk, **options)
         )
         last = last if cell is None else 2 * recurrent_channels
         self.classifier = nnx.Conv(last, num_labels, (1, 1), kernel_init=drawn or lecun, **options)
