@@ -63,19 +63,15 @@ def test_parameters_are_counted_as_in_the_paper(name, options, count):
     assert num_parameters(ModelConfig.of(name, 21, **options).create_abstract()) == count
 
 
-def gradient_of_a_corner(model, image):
-    """Of the last cell's scores, by the pixels of the image."""
-
-    @nnx.jit
-    def gradient(model, image):
-        return jax.grad(lambda image: jnp.sum(model.scores(image)[-1, -1] * jnp.arange(1.0, 4.0)))(image)
-
-    return np.abs(gradient(model, image)).max(-1)
+def sensitivity(function, image):
+    """Of the last cell of some maps: how much it changes with every pixel."""
+    gradient = jax.jit(jax.grad(lambda image: jnp.sum(function(image)[-1, -1] ** 2)))
+    return np.abs(gradient(image)).max(-1)
 
 
 def test_every_score_of_an_n_renet_depends_on_every_pixel():
-    model = with_numbers(lambda: NReNet(3, width=3, multipliers=(1, 1), rngs=nnx.Rngs(0)))
-    assert (gradient_of_a_corner(model, images(7, 10)) > 0).all()
+    model = with_numbers(lambda: NReNet(3, width=3, multipliers=(1,), rngs=nnx.Rngs(0)))
+    assert (sensitivity(model.scores, images(7, 10)) > 0).all()
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +86,12 @@ WIDE, REACH = (9, 250), 194
 
 def test_every_score_of_an_h_renet_depends_on_far_pixels_by_its_group(low):
     image = images(*WIDE)
-    # Hardly any pixel is without a way through the maxima and rectifiers to some cell, so to say.
-    assert (gradient_of_a_corner(low, image)[:, :REACH] > 0).mean() > 0.5
-    alone = with_numbers(lambda: HReNet(3, sources=("pool4",), cell=None, width=2, rngs=nnx.Rngs(0)))
-    found = gradient_of_a_corner(alone, image)
-    assert (found[:, :REACH] == 0).all()
-    assert (found[:, REACH:] > 0).any()
+    found = sensitivity(low.scores, image)[:, :REACH]
+    # Rectifiers and maxima leave some pixels without any influence.
+    assert (found > 0).mean() > 0.5
+    alone = sensitivity(low.combined, image)
+    assert (alone[:, :REACH] == 0).all()
+    assert (alone[:, REACH:] > 0).any()
 
 
 def test_padding_never_reaches_what_a_mask_lets_through(low):
@@ -112,7 +108,7 @@ def test_padding_never_reaches_what_a_mask_lets_through(low):
 
 
 def test_a_padded_image_comes_out_of_an_n_renet_as_it_would_alone():
-    model = with_numbers(lambda: NReNet(3, width=3, multipliers=(1, 1), rngs=nnx.Rngs(0)))
+    model = with_numbers(lambda: NReNet(3, width=3, multipliers=(1,), rngs=nnx.Rngs(0)))
     image = images(5, 7)
     padded = np.full((8, 12, 3), 99.0, np.float32)
     padded[:5, :7] = image
@@ -182,7 +178,7 @@ class TestCombination:
 
 
 def test_feature_maps_have_the_names_of_the_layers():
-    n_renet = with_numbers(lambda: NReNet(3, width=2, rngs=nnx.Rngs(0)))
+    n_renet = with_numbers(lambda: NReNet(3, width=2, multipliers=(1, 2), rngs=nnx.Rngs(0)))
     h_renet = with_numbers(lambda: HReNet(3, **TINY, rngs=nnx.Rngs(0)))
     shapes = [
         {name: value.shape for name, value in jax.eval_shape(model.feature_maps, images(7, 10)).items()}
@@ -190,14 +186,19 @@ def test_feature_maps_have_the_names_of_the_layers():
     ]
     assert shapes[0] == {
         f"renet{k}_{direction}": (4, 5, 4 * 2 ** (k - 1))
-        for k in (1, 2, 3)
+        for k in (1, 2)
         for direction in ("vertical", "horizontal")
     }
     assert shapes[1] == {"combined": (1, 2, 6), "renet1_vertical": (1, 2, 6), "renet1_horizontal": (1, 2, 6)}
 
 
 @pytest.mark.parametrize(
-    ("name", "refine"), [("h_renet", "densecrf"), ("h_renet", "convcrf"), ("n_renet", "convcrf")]
+    ("name", "refine"),
+    [
+        ("h_renet", "densecrf"),
+        pytest.param("h_renet", "convcrf", marks=pytest.mark.slow),
+        ("n_renet", "convcrf"),
+    ],
 )
 def test_crfs_go_on_top(name, refine):
     options = {"width": 2} | ({"hidden_channels": 6, "recurrent_channels": 3} if name == "h_renet" else {})
