@@ -459,8 +459,9 @@ def _is_inside(name: str, backbone: VGG16 | ResNet) -> bool:
     """Whether an entry belongs to what a backbone has, rather than to layers behind its end."""
     if isinstance(backbone, VGG16):
         match = re.match(r"features\.(\d+)\.", name)
-        last = max(int(own.split(".")[1]) for entry in _vgg_entries(backbone, "") for own in entry.names)
-        return match is not None and (len(backbone.strides) == 5 or int(match[1]) <= last)
+        own = (name for entry in _vgg_entries(backbone, "") for name in entry.names)
+        behind = max(int(name.split(".")[1]) for name in own) + 1
+        return match is not None and (len(backbone.strides) == 5 or int(match[1]) < behind)
     match = re.match(r"layer(\d+)\.(\d+)\.", name)
     if match is None:
         return name.startswith(("conv1.", "bn1."))

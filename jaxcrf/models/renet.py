@@ -269,7 +269,7 @@ class HReNet(RecurrentNetwork):
             )
             channels["conv7"] = hidden_channels
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
-        self.normalizations = nnx.Dict()
+        self.normalizations: Any = nnx.Dict()
         if normalization == "batch":
             for source in self._sources:
                 # Scales and offsets of its own would be those of what it is multiplied with next.

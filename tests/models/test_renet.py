@@ -101,10 +101,11 @@ def test_padding_never_reaches_what_a_mask_lets_through(low):
     # Farther from the image than convolutions reach.
     changed[:, 200:] = 0
     scores = nnx.jit(lambda model, image, mask: model.scores(image, mask))
-    before, after = (np.asarray(scores(low, x, mask)) for x in (image, changed))
-    np.testing.assert_array_equal(before[:, :13], after[:, :13])
-    full = np.ones(WIDE, bool)
-    assert (scores(low, image, full)[:, :13] != scores(low, changed, full)[:, :13]).any()
+    found = np.asarray(scores(low, changed, mask))[:, :13]
+    # However much of it there is, and whatever is in it.
+    expected = np.asarray(scores(low, image[:, :200], mask[:, :200]))[:, :13]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(np.asarray(scores(low, changed, np.ones(WIDE, bool)))[:, :13] - expected).max() > 1e-3
 
 
 def test_a_padded_image_comes_out_of_an_n_renet_as_it_would_alone():
