@@ -54,7 +54,6 @@ from typing import Any
 import numpy as np
 import optax
 from deeplab_voc import DenseCRF, searched
-from flax import nnx
 from renet_training import MaskedPredictor, ReducedFolder, qualitative_figure, scratch_optimizer
 from training_tables import FIGURES, Splits, camvid_splits, parse, summarise, voc_splits, write
 
@@ -62,7 +61,8 @@ from jaxcrf import evaluation
 from jaxcrf.compat import weights
 from jaxcrf.data import Augmentation, Pipeline, SegmentationFolder, augmentation, open_folder
 from jaxcrf.models import ModelConfig
-from jaxcrf.models.parameters import named_leaves, with_leaves
+from jaxcrf.models.refined import Refined
+from jaxcrf.nn import ConvCRF
 from jaxcrf.training import Experiment, Stage, Update, load_model, objectives, save_model, train
 from jaxcrf.training.schedules import optimizer_hrenet
 from jaxcrf.training.search import SPACES
@@ -204,7 +204,8 @@ SETTINGS = {
     # Whether it runs: the other rows are these with other numbers.
     "smoke": Setting(
         rows=("hrenet_bn", "hrenet_bn_convcrf"),
-        crf_rows=("hrenet_bn",),
+        # Its search and evaluation are those of deeplab_voc.py, which has a smoke run of its own.
+        crf_rows=(),
         width=4,
         hidden_channels=8,
         recurrent_channels=4,
@@ -346,17 +347,20 @@ def crf_experiment(args: argparse.Namespace, setting: Setting, name: str, seed: 
     """The training of a ConvCRF on a network, which stays as it is, on images that this has not seen."""
     folder = args.runs / f"seed_{seed}"
     splits: Splits = args.splits
-    base = load_model(folder / str(ROWS[name].convcrf)).model
+    base: Any = load_model(folder / str(ROWS[name].convcrf)).model
+    crf_options = {"preset": "convcrf_trainable", "trainable_compatibility": True}
     config = ModelConfig.of(
         base.config.name,
         splits.num_labels,
         refine="convcrf",
-        refine_options={"preset": "convcrf_trainable", "trainable_compatibility": True},
+        refine_options=crf_options,
         **base.config.to_json()["options"],
     )
     initial = folder / f"{name}_start"
     if not initial.exists():
-        save_model(initial, refined(config, base, seed))
+        model: Any = Refined(base, ConvCRF(splits.num_labels, **crf_options))
+        model.config = config
+        save_model(initial, model)
     update = Update(
         "crf",
         objectives.segmentation(),
@@ -375,13 +379,6 @@ def crf_experiment(args: argparse.Namespace, setting: Setting, name: str, seed: 
         checkpoint_every=None,
         initial=initial,
     )
-
-
-def refined(config: ModelConfig, base: nnx.Module, seed: int) -> nnx.Module:
-    """A new CRF on a trained network."""
-    definition, state = nnx.split(config.create(nnx.Rngs(seed)))
-    learned = {f"unary/{path}": leaf for path, leaf in named_leaves(nnx.split(base)[1]).items()}
-    return nnx.merge(definition, with_leaves(state, named_leaves(state) | learned))
 
 
 def trained_network(args: argparse.Namespace, setting: Setting, name: str, seed: int) -> MaskedPredictor:
