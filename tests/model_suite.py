@@ -1,9 +1,12 @@
 """Every entry of the registry with small options, and what the tests of all of them compute once."""
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -11,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxcrf import models
 from jaxcrf.models import ModelConfig
-from jaxcrf.models.parameters import named_leaves, split
+from jaxcrf.models.parameters import is_key, named_leaves, split
 from jaxcrf.training.losses import cross_entropy
 
 NUM_LABELS = 3
@@ -52,6 +55,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "crf_as_rnn": _NORMALIZED_VGG | {"crf_options": {"num_iterations": 1}},
     "gaussian_crf": _GAUSSIAN_CRF,
     "gaussian_crf_potts": _GAUSSIAN_CRF,
+    "n_renet": {"width": 8, "multipliers": [1, 2]},
+    "h_renet": _VGG
+    | {"recurrent_channels": 8, "sources": ["pool4", "pool5", "conv7"], "normalization": "batch"},
+    "h_renet_baseline": _VGG,
 }
 
 
@@ -171,6 +178,28 @@ def draw_example(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     image = np.clip(np.array([[40, 80, 200], [200, 60, 60], [120, 200, 90]])[labels] + noise, 0, 255)
     labels[:4, :4] = 255
     return image.astype(np.float32), labels
+
+
+def num_parameters(model: nnx.Module) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def with_numbers(make: Callable[[], nnx.Module]) -> Any:
+    """A network whose every number is drawn, the same for networks with the same parameters; compiles nothing."""
+    definition, state = nnx.split(nnx.eval_shape(make))
+    rng = np.random.default_rng(0)
+
+    def draw(leaf: Any) -> Any:
+        if is_key(leaf):  # of dropout, which is off
+            return jax.random.key(0)
+        if len(leaf.shape) < 2:  # biases, normalisation
+            return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
+        scale = math.sqrt(2 / math.prod(leaf.shape[:-1]))
+        return jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype)
+
+    model = nnx.merge(definition, jax.tree.map(draw, state))
+    model.eval()
+    return model
 
 
 def missing() -> list[str]:

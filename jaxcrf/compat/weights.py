@@ -65,7 +65,8 @@ def load(
     """Sets the backbones of a model, in place, to weights with torchvision's names: of VGG-16 or of a ResNet.
 
     All backbones of the weights' kind are set, `unary/…` and `pairwise/…` of a Gaussian CRF alike. A ResNet may have
-    fewer stages, and fewer blocks in its last stage, than the weights; other stages have as many.
+    fewer stages, and fewer blocks in its last stage, than the weights; other stages have as many. So may a VGG-16 have
+    fewer stages.
 
     Of VGG-16, with the fully-connected layers, the first of which is a convolution over 7 × 7 cells here. Where the
     model's is smaller it gets every second or third cell (4 × 4: 0, 2, 4, 6; 3 × 3: 0, 3, 6), and where it has fewer
@@ -457,7 +458,10 @@ def _fitting(
 def _is_inside(name: str, backbone: VGG16 | ResNet) -> bool:
     """Whether an entry belongs to what a backbone has, rather than to layers behind its end."""
     if isinstance(backbone, VGG16):
-        return name.startswith("features.")
+        match = re.match(r"features\.(\d+)\.", name)
+        own = (name for entry in _vgg_entries(backbone, "") for name in entry.names)
+        behind = max(int(name.split(".")[1]) for name in own) + 1
+        return match is not None and (len(backbone.strides) == 5 or int(match[1]) < behind)
     match = re.match(r"layer(\d+)\.(\d+)\.", name)
     if match is None:
         return name.startswith(("conv1.", "bn1."))

@@ -5,7 +5,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Num
+from jaxtyping import Bool, Float, Num
 
 Variant: TypeAlias = Literal["convcrf", "convcrf+T", "convcrf+C", "convcrf+CT"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -79,14 +79,25 @@ class Refined(nnx.Module):
         self.crf = crf
 
     def __call__(
-        self, images: Num[Array, "*batch height width channels"]
+        self,
+        images: Num[Array, "*batch height width channels"],
+        mask: Bool[Array, "*batch height width"] | None = None,
     ) -> Float[Array, "*batch height width labels"]:
-        """Refined logits."""
-        return self.with_unary(images)[0]
+        """Refined logits; the arguments are those of `with_unary`."""
+        return self.with_unary(images, mask)[0]
 
-    def with_unary(self, images: Num[Array, "*batch height width channels"]) -> tuple[Any, Any]:
-        """Refined logits, and those of the unary network, for losses on both."""
-        unary: Any = self.unary(images)
+    def with_unary(
+        self,
+        images: Num[Array, "*batch height width channels"],
+        mask: Bool[Array, "*batch height width"] | None = None,
+    ) -> tuple[Any, Any]:
+        """Refined logits, and those of the unary network, for losses on both.
+
+        Args:
+            images: in 0 … 255.
+            mask: where there is image in a padded batch, for recurrent networks, which alone take one.
+        """
+        unary: Any = self.unary(images) if mask is None else self.unary(images, mask)
         refined: Any = self.crf(images, unary)
         # The CRF computes in float32 at least; what comes out has one type with and without it.
         return refined.astype(unary.dtype), unary

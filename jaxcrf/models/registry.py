@@ -16,6 +16,7 @@ from jaxcrf import _checks
 from jaxcrf.models.convcrf import Refined
 from jaxcrf.models.deeplab import DeepLab, DeepLabV2
 from jaxcrf.models.gaussian_crf import with_gaussian_crf
+from jaxcrf.models.renet import HReNet, NReNet
 from jaxcrf.models.resnet import ResNetFCN
 from jaxcrf.models.small_fcn import SmallFCN
 from jaxcrf.models.vgg import VGG16FCN
@@ -34,6 +35,9 @@ _NETWORKS: dict[str, Callable[..., nnx.Module]] = {
     "deeplab_msc": functools.partial(DeepLab, kernel_size=4, rate=4, hidden_channels=4096, multi_scale=True),
     "deeplab_msc_largefov": functools.partial(DeepLab, multi_scale=True),
     "deeplab_v2": DeepLabV2,
+    "n_renet": NReNet,
+    "h_renet": HReNet,
+    "h_renet_baseline": functools.partial(HReNet, cell=None),
 }
 
 

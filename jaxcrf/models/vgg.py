@@ -29,6 +29,7 @@ class VGG16(nnx.Module):
         width: channels of the first stage, 64 in the paper; the stages have 1, 2, 4, 8 and 8 times as many.
         output_stride: 8, 16 or 32 (as for classification).
         pool_size: 3 as DeepLab has it, or 2 as the original. Where a pool keeps the resolution, it has 3.
+        stages: how many of the five there are; with fewer, later pools are left out.
         norm: batch normalisation after every convolution, which training from scratch needs.
         dtype: of the arithmetic; None for that of parameters and images.
         rngs: where parameters come from.
@@ -37,7 +38,8 @@ class VGG16(nnx.Module):
         dilation: that of the convolutions which follow: 32 / `output_stride`.
 
     Raises:
-        ValueError: if `output_stride` or `pool_size` is none of these, or `in_channels` or `width` is less than 1.
+        ValueError: if `output_stride`, `pool_size` or `stages` is none of these, or `in_channels` or `width` is less
+            than 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -59,6 +61,7 @@ class VGG16(nnx.Module):
         width: int = 64,
         output_stride: int = 8,
         pool_size: int = 3,
+        stages: int = 5,
         norm: bool = False,
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -66,6 +69,9 @@ class VGG16(nnx.Module):
         check_output_stride(output_stride)
         if pool_size not in (2, 3):
             raise ValueError(f"pool_size: got {pool_size}; expected 2 or 3")
+        if stages not in range(1, 6):
+            raise ValueError(f"stages: got {stages!r}; expected 1 to 5")
+        self._convolutions = _CONVOLUTIONS[:stages]
         self._in_channels = check_count("in_channels", in_channels)
         self._pool_size = pool_size
         self._norm = norm
@@ -73,7 +79,7 @@ class VGG16(nnx.Module):
         self._output_stride = output_stride
         self.dilation = 32 // output_stride
         before = in_channels
-        for stage, (count, factor) in enumerate(zip(_CONVOLUTIONS, _CHANNELS, strict=True), start=1):
+        for stage, (count, factor) in enumerate(zip(self._convolutions, _CHANNELS, strict=False), start=1):
             dilation = max(1, 2 ** (stage - 1) // output_stride)
             for k in range(1, count + 1):
                 convolution = nnx.Conv(
@@ -98,15 +104,16 @@ class VGG16(nnx.Module):
     @property
     def strides(self) -> dict[str, int]:
         """Of the features of every pool."""
-        return {f"pool{k}": min(2**k, self._output_stride) for k in range(1, 6)}
+        return {f"pool{k}": min(2**k, self._output_stride) for k in range(1, 1 + len(self._convolutions))}
 
     @property
     def channels(self) -> dict[str, int]:
         """Of the features of every pool."""
-        return {f"pool{k}": self._width * factor for k, factor in enumerate(_CHANNELS, start=1)}
+        used = _CHANNELS[: len(self._convolutions)]
+        return {f"pool{k}": self._width * factor for k, factor in enumerate(used, start=1)}
 
     def __call__(self, images: Num[Array, "*batch height width channels"]) -> dict[str, Float[Array, "..."]]:
-        """The features "image" (normalised), "pool1" … "pool5".
+        """The features "image" (normalised), "pool1", … of all stages.
 
         Raises:
             ValueError: if the images do not have `in_channels` channels.
@@ -114,7 +121,7 @@ class VGG16(nnx.Module):
         x = normalized(images, self._in_channels)
         features = {"image": x}
         stride = 1
-        for stage, count in enumerate(_CONVOLUTIONS, start=1):
+        for stage, count in enumerate(self._convolutions, start=1):
             for k in range(1, count + 1):
                 x = getattr(self, f"conv{stage}_{k}")(x)
                 if self._norm:

@@ -1,7 +1,3 @@
-import math
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -9,36 +5,14 @@ from flax import nnx
 import grid_oracles
 from jaxcrf.models import ModelConfig, grids
 from jaxcrf.models.deeplab import DeepLab, DeepLabV2
-from jaxcrf.models.parameters import is_key
 from jaxcrf.models.resnet import ResNet
 from jaxcrf.models.vgg import VGG16
+from model_suite import num_parameters, with_numbers
 
 
 def abstract(name):
     """The network for 21 labels, without numbers."""
     return nnx.eval_shape(lambda: ModelConfig.of(name, 21).create(nnx.Rngs(0)))
-
-
-def num_parameters(model):
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-
-
-def with_numbers(make):
-    """A network whose every number is drawn, the same for networks with the same parameters; compiles nothing."""
-    definition, state = nnx.split(nnx.eval_shape(make))
-    rng = np.random.default_rng(0)
-
-    def draw(leaf):
-        if is_key(leaf):  # of dropout, which is off
-            return jax.random.key(0)
-        if len(leaf.shape) < 2:  # biases, normalisation
-            return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
-        scale = math.sqrt(2 / math.prod(leaf.shape[:-1]))
-        return jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype)
-
-    model = nnx.merge(definition, jax.tree.map(draw, state))
-    model.eval()
-    return model
 
 
 def images(*shape):

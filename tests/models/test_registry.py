@@ -14,6 +14,8 @@ from model_suite import SIZE, SMALL, Member, draw_images, missing
 
 # One of VGG-16; one of a residual network that also has a CRF. The others take minutes.
 QUICK = ("deeplab_largefov", "convcrf")
+# Neither dropout nor batch normalisation: nothing that evaluation does otherwise.
+MODELESS = ("n_renet",)
 
 
 @pytest.fixture(
@@ -119,7 +121,8 @@ class TestEveryEntry:
             )
         definitions = [split(model)[0] for model in (member.model, loaded)]
         member.model.eval()
-        assert split(member.model)[0] == definitions[1] != definitions[0]
+        assert split(member.model)[0] == definitions[1]
+        assert (definitions[0] == definitions[1]) == (member.name in MODELESS)
         member.model.train()
 
     def test_other_channels(self, member):
