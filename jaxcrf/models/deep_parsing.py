@@ -24,7 +24,7 @@ class DeepParsingUnary(Network):
         p(u) = \sigma\bigl(\mathrm{upsample}(z)(u)\bigr) ,
 
     and the logits are `log p`: their soft-max, which the paper trains by, is `p` divided by its sum over the labels,
-    the update of eq. 9 without penalties. `nn.DeepParsing` on top takes them as `unary="log_probs"`.
+    the update of eq. 9 without penalties. `nn.DeepParsing` on top takes them as `inputs="log_probs"`.
 
     Args:
         num_labels: `L`.

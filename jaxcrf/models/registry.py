@@ -87,7 +87,7 @@ _COMPOSITES = {
         "densecrf",
         {"preset": "densecrf_crf_as_rnn", "weights_per_label": True, "trainable_compatibility": True},
     ),
-    "deep_parsing_network": _Composite("deep_parsing_unary", "deep_parsing", {"unary": "log_probs"}),
+    "deep_parsing_network": _Composite("deep_parsing_unary", "deep_parsing", {"inputs": "log_probs"}),
     "gaussian_crf": _Composite("deeplab_v2", "gaussian_crf"),
     "gaussian_crf_potts": _Composite("deeplab_v2", "gaussian_crf_potts"),
 }

@@ -21,7 +21,7 @@ from jaxcrf.inference.deep_parsing import (
 )
 from jaxcrf.inference.local_convolution import read_window
 
-Unary = Literal["logits", "log_probs"]
+Inputs = Literal["logits", "log_probs"]
 
 
 class DeepParsing(nnx.Module):
@@ -52,7 +52,7 @@ class DeepParsing(nnx.Module):
         multiply_center: as in `jaxcrf.triple_penalty`.
         num_iterations: how many updates; it may be set, as by `model.set_attributes(num_iterations=3)`.
         reduction: pixels per cell along both axes; 1 in the paper.
-        unary: "logits", for any network, whose soft-max are the probabilities `p`; or "log_probs", their logarithms
+        inputs: "logits", for any network, whose soft-max are the probabilities `p`; or "log_probs", their logarithms
             themselves, which need not sum to one: log-sigmoids, as of the paper's network.
         own_penalty: see above; 0 for contexts that begin as noise only.
         deviation: the standard deviation of the noise. Without any, the contexts of a label would stay alike.
@@ -63,7 +63,7 @@ class DeepParsing(nnx.Module):
         num_iterations: of the update.
 
     Raises:
-        ValueError: if a number is out of its range, or `unary` is unknown.
+        ValueError: if a number is out of its range, or `inputs` are unknown.
 
     Example:
         >>> import jax.numpy as jnp
@@ -88,7 +88,7 @@ class DeepParsing(nnx.Module):
         multiply_center: bool = True,
         num_iterations: int = 1,
         reduction: int = 1,
-        unary: Unary = "logits",
+        inputs: Inputs = "logits",
         own_penalty: float = 1.0,
         deviation: float = 0.01,
         rngs: nnx.Rngs,
@@ -104,14 +104,14 @@ class DeepParsing(nnx.Module):
         for name, value in (("num_iterations", num_iterations), ("reduction", reduction)):
             if not _checks.is_whole(value) or value < 1:
                 raise ValueError(f"{name}: got {value!r}; expected a whole number >= 1")
-        if unary not in get_args(Unary):
-            raise ValueError(f"unary: got {unary!r}; expected one of {', '.join(get_args(Unary))}")
+        if inputs not in get_args(Inputs):
+            raise ValueError(f"inputs: got {inputs!r}; expected one of {', '.join(get_args(Inputs))}")
         self.num_labels = int(num_labels)
         self.num_iterations = int(num_iterations)
         self._window = read_window(window)
         self._multiply_center = bool(multiply_center)
         self._reduction = int(reduction)
-        self._unary = unary
+        self._inputs = inputs
         self.color_weight = nnx.Param(jnp.ones_like(initial.color_weight))
         self.position_weight = nnx.Param(jnp.ones_like(initial.position_weight))
         self.scale = nnx.Param(initial.scale)
@@ -161,7 +161,7 @@ class DeepParsing(nnx.Module):
             )
         unary, pixels = _checks.as_float(logits), _checks.as_float(images)
         _checks.check_finite("logits", unary)
-        probs = jnp.exp(unary) if self._unary == "log_probs" else jax.nn.softmax(unary)
+        probs = jnp.exp(unary) if self._inputs == "log_probs" else jax.nn.softmax(unary)
         seen = [average_pool(x, self._reduction, shape[-3:-1]) for x in (probs, pixels)]
         result = deep_parsing_step(
             *seen,
