@@ -1,5 +1,6 @@
 """The Deep Parsing Network's smoothness terms as a layer: triple penalties and mixtures of label contexts, learned."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -104,6 +105,8 @@ class DeepParsing(nnx.Module):
         for name, value in (("num_iterations", num_iterations), ("reduction", reduction)):
             if not _checks.is_whole(value) or value < 1:
                 raise ValueError(f"{name}: got {value!r}; expected a whole number >= 1")
+        if not math.isfinite(own_penalty):
+            raise ValueError(f"own_penalty: got {own_penalty}; expected a finite number")
         if inputs not in get_args(Inputs):
             raise ValueError(f"inputs: got {inputs!r}; expected one of {', '.join(get_args(Inputs))}")
         self.num_labels = int(num_labels)

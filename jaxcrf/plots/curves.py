@@ -76,8 +76,9 @@ def compatibility(
 ) -> Figure:
     r"""Shows which labels go together: what each is penalised for each of the others.
 
-    From every row its mean is taken, since soft-max does not see what is the same for all labels. Then labels that go
-    together are blue, those that exclude each other orange; the deepest colours are those of the largest number.
+    Soft-max does not see what is the same for all labels, so that every row is shown less its mean over the other
+    labels. Labels that go together are blue, those that exclude each other orange; the scale is that of pairs of
+    different labels.
 
     Args:
         penalties: `[L, L]`, row = the label that is there, column = the one that is penalised for it. Of the Deep
@@ -105,8 +106,10 @@ def compatibility(
     if not np.isfinite(numbers).all():
         raise ValueError("penalties: hold NaN or infinities; expected finite numbers")
     names = _named(len(numbers), label_names)
-    numbers = numbers - numbers.mean(1, keepdims=True)
-    figure, _ = _matrix(diverging(numbers, np.abs(numbers).max()), names, cell_size, "label", "penalised")
+    others = ~np.eye(len(numbers), dtype=bool)
+    numbers = numbers - numbers.mean(1, keepdims=True, where=others if len(numbers) > 1 else True)
+    limit = np.abs(numbers).max(where=others, initial=0.0)
+    figure, _ = _matrix(diverging(numbers, limit), names, cell_size, "label", "penalised")
     return figure
 
 
