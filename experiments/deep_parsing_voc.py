@@ -4,7 +4,7 @@ r"""The Deep Parsing Network on PASCAL VOC, stage by stage: Tables 2 and 3a, fig
     python experiments/deep_parsing_voc.py --dataset camvid --data camvid --unary-runs runs
     python experiments/deep_parsing_voc.py --smoke
 
-Incremental training: the unary network (b1 to b11) from ImageNet's VGG-16; with it fixed, the triple penalty's four
+Incremental training: the unary network (b1 to b11) from ImageNet's VGG-16; with it fixed, the triple penalty's
 numbers (b12); with these fixed too, the label contexts (b13, b14); then everything. All are stages of one model, each
 of them evaluated; the contexts are the identity while the triple penalty is trained. Rows, in the order of the paper's
 tables, mIoU on VOC val, training on `train_aug`:
@@ -82,7 +82,9 @@ PAPER = dict(zip(STAGES, (62.4, 64.7, 66.5, 67.8), strict=True)) | {
     "contexts 9×9": 66.3,
 }
 TABLES = ("joint", "windows", "contexts")
-WEIGHTS = ("crf/*_weight", "crf/scale", "crf/offset")
+# Without b, the offset of the linear activation: before there are contexts, it is the same for all labels, and an
+# optimiser would follow the noise in its gradient.
+WEIGHTS = ("crf/*_weight", "crf/scale")
 CONTEXTS = ("crf/contexts", "crf/context_offset")
 MEASURES = {
     "tagging_accuracy": "tagging accuracy (TA)",
@@ -92,7 +94,7 @@ MEASURES = {
 
 
 def paper_optimizer(row: str, steps: int) -> optax.GradientTransformation:
-    """Momentum for networks; Adam for the triple penalty's four numbers and the contexts."""
+    """Momentum for networks; Adam for the triple penalty and the contexts."""
     if row == "+ triple penalty":
         return optax.adam(polynomial_decay(0.1, steps))
     if row == "+ label contexts":

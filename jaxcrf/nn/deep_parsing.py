@@ -165,9 +165,9 @@ class DeepParsing(nnx.Module):
         unary, pixels = _checks.as_float(logits), _checks.as_float(images)
         _checks.check_finite("logits", unary)
         probs = jnp.exp(unary) if self._inputs == "log_probs" else jax.nn.softmax(unary)
-        seen = [average_pool(x, self._reduction, shape[-3:-1]) for x in (probs, pixels)]
         result = deep_parsing_step(
-            *seen,
+            average_pool(probs, self._reduction, shape[-3:-1]),
+            average_pool(pixels, self._reduction, shape[-3:-1]),
             self.params,
             window=self._window,
             multiply_center=self._multiply_center,

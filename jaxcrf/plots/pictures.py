@@ -388,7 +388,7 @@ def label_contexts(
         shown = numbers[:, :, around, center]
         limit = np.quantile(np.abs(shown), SHOWN_IN_FULL) or np.abs(shown).max()
         columns[f"{named[0]}: {named[1]}"] = diverging(np.moveaxis(shown, -1, 0), limit)
-    shapes = [[(shape[0], shape[1])] * len(columns) for _ in range(shape[4])]
+    shapes: list[list[tuple[int, ...]]] = [[shape[:2]] * len(columns) for _ in range(shape[4])]
     figure, axes = _panels(shapes, panel_width, titled=True, legends=[])
     for column, (title, pictures) in enumerate(columns.items()):
         for row, picture in enumerate(pictures):
