@@ -38,8 +38,8 @@ class DeepParsing(nnx.Module):
 
     Contexts begin as noise around the identity: each penalises a label by its own triple penalty at the same pixel,
     times `own_penalty`. The layer then is the unary with triple penalties, which is what the paper trains first; its
-    four stages are those of one model, with other patterns of trainable parameters:
-    `unary/*`; `crf/*_weight`, `crf/scale`, `crf/offset`; `crf/context*`; all.
+    four stages are those of one model, with other patterns of trainable parameters: `unary/*`; `crf/*_weight`;
+    `crf/context*`; all.
 
     With `reduction`, penalties are computed on cells of that many pixels along both axes, of mean colours and
     probabilities, and interpolated linearly in between; a reduction of 2 costs a quarter, and a window or context
