@@ -4,10 +4,10 @@ r"""The Deep Parsing Network on PASCAL VOC, stage by stage: Tables 2 and 3a, fig
     python experiments/deep_parsing_voc.py --dataset camvid --data camvid --unary-runs runs
     python experiments/deep_parsing_voc.py --smoke
 
-Incremental training: the unary network (b1 to b11) from ImageNet's VGG-16; with it fixed, `ω₁` and `ω₂` of the
-triple penalty (b12); with these fixed too, the label contexts (b13, b14); then everything. All are stages of one model, each
-of them evaluated; the contexts are the identity while the triple penalty is trained. Rows, in the order of the paper's
-tables, mIoU on VOC val, training on `train_aug`:
+Incremental training: the unary network (b1 to b11) from ImageNet's VGG-16; with it fixed, `ω₁` and `ω₂` of the triple
+penalty (b12); with these fixed too, the label contexts (b13, b14); then everything. All are stages of one model, each
+of them evaluated; the contexts are about the identity while the triple penalty is trained. Rows, in the order of the
+paper's tables, mIoU on VOC val, training on `train_aug`:
 
 | Table 3a | | Table 2a, after b12 | | Table 2b, after b14 | |
 |---|---|---|---|---|---|
@@ -29,7 +29,7 @@ Cost: no figures in the paper, and none of ours on VOC yet: b1 to b11 have 134 m
 `--dataset camvid` is a small setting for two CPU cores, CAMVID: the network of `recipes.camvid_unary`, from
 `--unary-runs` or trained first; penalties on cells of 2 × 2 pixels; stages after the first on the 67 held-out images,
 since the unary is surer of those that it was trained on. "Joint from the start" begins with the trained unary, and
-takes the steps of the three stages after it. {COST}
+takes the steps of the three stages after it. `--tables joint` leaves the rows of Tables 2a and 2b out.
 
 Output: JSON, a Markdown table, label compatibilities (fig. 4a) and contexts (4b), what every stage says of four images
 (fig. 5), the curves of both trainings (6a), mIoU by the number of iterations (6b), and accuracies by stage (7).
@@ -47,7 +47,7 @@ import numpy as np
 import optax
 from deeplab_voc import Predictor
 from flax import nnx
-from gaussian_crf_training import Trained, mild_weights, qualitative_figure
+from gaussian_crf_training import mild_weights
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from training_tables import (
@@ -55,7 +55,6 @@ from training_tables import (
     Splits,
     camvid_splits,
     parse,
-    predict,
     summarise,
     table,
     voc_splits,
@@ -81,6 +80,7 @@ PAPER = dict(zip(STAGES, (62.4, 64.7, 66.5, 67.8), strict=True)) | {
     "contexts 5×5": 66.0,
     "contexts 9×9": 66.3,
 }
+SHOWN = 4  # images of fig. 5
 TABLES = ("joint", "windows", "contexts")
 # Not a and b of the linear activation: a says nothing that these do not, and b, before there are contexts, is the same
 # for all labels, so that an optimiser would follow the noise in its gradient.
@@ -188,9 +188,10 @@ SMOKE = dataclasses.replace(
     crf={"inputs": "log_probs", "window": 6, "context_size": 3, "num_contexts": 2},
     steps=(1, 1, 1, 1),
     batch_size=2,
-    windows=(3,),
+    # What a window is trained with is what a context is.
+    windows=(),
     contexts=(1,),
-    iterations=(1, 2),
+    iterations=(2,),
     validate_every=1,
     validated=1,
 )
@@ -355,13 +356,10 @@ def points(run: Run, done: int) -> list[tuple[int, float]]:
     ]
 
 
-def evaluate_network(args: argparse.Namespace, network: nnx.Module) -> tuple[Figures, dict[str, list[float]]]:
+def evaluate_network(args: argparse.Namespace, run: Predictor) -> tuple[Figures, dict[str, list[float]]]:
     """Figures of a network on the validation images, and of every label."""
-    splits: Splits = args.splits
     background = 0 if args.scale == "full" else None
-    found = evaluation.evaluate(
-        Predictor(network, splits.whole), splits.val, widths=(1,), background=background, num_pictures=0
-    )
+    found = evaluation.evaluate(run, args.splits.val, widths=(1,), background=background, num_pictures=0)
     labels = {"iou": [row.iou for row in found.table()]}
     labels |= {name: np.asarray(values).tolist() for name, values in found.objects._asdict().items()}
     return found.totals(), labels
@@ -372,33 +370,31 @@ def mean_iou_by_iterations(
 ) -> dict[str, list[tuple[int, float]]]:
     """Fig. 6b: mIoU after so many iterations, 0 for the unary, of networks with a CRF."""
     splits: Splits = args.splits
-    some = dataclasses.replace(splits, val=spread(splits.val, setting.validated))
+    val = spread(splits.val, setting.validated)
     found: dict[str, list[tuple[int, float]]] = {}
     for name, network in networks.items():
+        own = network.crf.num_iterations
         found[name] = []
         for count in (0, *setting.iterations):
             if count:
                 network.set_attributes(num_iterations=count)
             run = Predictor(network if count else network.unary, splits.whole)
-            result = evaluation.evaluate(run, some.val, widths=(1,), num_pictures=0)
+            result = evaluation.evaluate(run, val, widths=(1,), num_pictures=0)
             found[name].append((count, result.totals()["mean_iou"]))
+        network.set_attributes(num_iterations=own)
     return found
 
 
-def signed_contexts(network: Any, splits: Splits) -> np.ndarray:
-    """Contexts times the sign that triple penalties have where their label is sure, of some validation images."""
-    total = np.zeros(splits.num_labels)
-    infer = jax.jit(lambda images: network.crf.infer(images, network.unary(images)).triple)
-    for image, labels in map(splits.val.__getitem__, range(0, len(splits.val), max(1, len(splits.val) // 8))):
-        whole = np.zeros((1, *splits.whole, 3), np.float32)
-        height, width = labels.shape
-        whole[0, :height, :width] = image
-        triple = np.asarray(infer(whole))[0, :height, :width]
-        for label in range(splits.num_labels):
-            total[label] += triple[labels == label, label].sum()
-    contexts = np.asarray(network.crf.contexts[...], np.float64)
-    # The sign is that of nearly all labels: one for all keeps rows comparable.
-    return contexts * (np.sign(total.sum()) or 1.0)
+def signed_contexts(network: Any, unary: Predictor, splits: Splits) -> np.ndarray:
+    """Contexts times the sign that triple penalties have of labels that are there, in some validation images."""
+    total = 0.0
+    definition, state = nnx.split(network.crf)
+    infer = jax.jit(lambda state, *inputs: nnx.merge(definition, state).infer(*inputs).triple)
+    for image, labels in map(spread(splits.val, 8).__getitem__, range(min(8, len(splits.val)))):
+        triple = np.asarray(infer(state, image, unary(image)))
+        there = labels[..., None] == np.arange(splits.num_labels)
+        total += triple[there].sum()
+    return np.asarray(network.crf.contexts[...], np.float64) * np.sign(total)
 
 
 def telling_pairs(contexts: np.ndarray, count: int = 8) -> list[tuple[int, int]]:
@@ -493,11 +489,15 @@ def main(arguments: list[str] | None = None) -> None:
 def run(args: argparse.Namespace, setting: Setting) -> None:
     """What the command line asks for."""
     splits: Splits = args.splits
+    # Most rows are the same programs, with other numbers.
+    jax.config.update("jax_compilation_cache_dir", str(args.runs / "programs"))
     figures, labels, curves = [], [], []
     seed: Any = None
+    runs: dict[str, Predictor] = {}
     for number in range(args.seeds):
         seed = train_seed(args, setting, number)
-        found = {row: evaluate_network(args, network) for row, network in seed.networks.items()}
+        runs = {row: Predictor(network, splits.whole) for row, network in seed.networks.items()}
+        found = {row: evaluate_network(args, run) for row, run in runs.items()}
         figures.append({row: totals for row, (totals, _) in found.items()})
         labels.append({row: per_label for row, (_, per_label) in found.items()})
         curves.append(seed.curves)
@@ -533,12 +533,13 @@ def run(args: argparse.Namespace, setting: Setting) -> None:
         iterations=iterations,
         per_label={row: {k: v.tolist() for k, v in found.items()} for row, found in per_label.items()},
     )
-    draw(args, seed, rows, shown, iterations)
+    draw(args, seed, runs, rows, shown, iterations)
 
 
 def draw(
     args: argparse.Namespace,
     seed: Seed,
+    runs: Mapping[str, Predictor],
     rows: Mapping[str, Any],
     curves: Mapping[str, Sequence[tuple[float, float]]],
     iterations: Mapping[str, Sequence[tuple[float, float]]],
@@ -546,19 +547,22 @@ def draw(
     """Figures 4 to 7, of the last seed where they show one network."""
     splits: Splits = args.splits
     names = splits.val.label_names
-    contexts = signed_contexts(seed.networks[STAGES[3]], splits)
-    columns = {row: Trained(seed.networks[row], predict(seed.networks[row])) for row in STAGES}
+    contexts = signed_contexts(seed.networks[STAGES[3]], runs[STAGES[0]], splits)
+    examples = [spread(splits.val, SHOWN)[index] for index in range(min(SHOWN, len(splits.val)))]
+    columns: dict[str, list[np.ndarray]] = {
+        "image": [image for image, _ in examples],
+        "truth": [truth for _, truth in examples],
+    } | {row: [runs[row](image).argmax(-1) for image, _ in examples] for row in STAGES}
     made = {
         "compatibility": plots.compatibility(contexts.sum((0, 1)).mean(-1), names),
         "contexts": plots.label_contexts(contexts, telling_pairs(contexts), label_names=names),
+        "steps": plots.segmentation_grid(columns, label_names=names),
         "training": lines(curves, "steps"),
         "iterations": lines(iterations, "iterations"),
         "stages": stages_figure(rows, STAGES),
     }
-    stem = f"deep_parsing_voc_{args.dataset}"
     for name, figure in made.items():
-        plots.save_figure(figure, args.out / f"{stem}_{name}.png")
-    qualitative_figure(columns, splits, args.out / f"{stem}.png")
+        plots.save_figure(figure, args.out / f"deep_parsing_voc_{args.dataset}_{name}.png")
 
 
 if __name__ == "__main__":
