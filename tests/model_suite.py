@@ -47,12 +47,15 @@ SMALL: dict[str, dict[str, Any]] = {
     "deeplab_msc": _VGG | {"branch_channels": 4},
     "deeplab_msc_largefov": _VGG | {"branch_channels": 4},
     "deeplab_v2": _DEEPLAB_V2,
+    "deep_parsing_unary": _NORMALIZED_VGG,
     "convcrf": {
         "width": 4,
         "blocks": [1, 1],
         "crf_options": {"num_iterations": 1, "trainable_compatibility": True},
     },
     "crf_as_rnn": _NORMALIZED_VGG | {"crf_options": {"num_iterations": 1}},
+    "deep_parsing_network": _NORMALIZED_VGG
+    | {"crf_options": {"window": 6, "context_size": 3, "num_contexts": 2}},
     "gaussian_crf": _GAUSSIAN_CRF,
     "gaussian_crf_potts": _GAUSSIAN_CRF,
     "n_renet": {"width": 8, "multipliers": [1, 2]},

@@ -268,3 +268,59 @@ def test_uncertainty_refuses_bad_input():
         plots.uncertainty(GRAY, scores, np.ones((2, 3, 1)))
     with pytest.raises(ValueError, match="variances: hold NaN"):
         plots.uncertainty(GRAY, scores, np.full((2, 3, 2), np.nan))
+
+
+def test_compatibility_shows_pairs_of_labels_less_what_all_of_a_row_have():
+    penalties = np.array([[9.0, 2.0, 4.0], [0.0, 0.0, 2.0], [7.0, 5.0, 5.0]])
+    figure = plots.compatibility(penalties, ["sky", "tree", "road"])
+    (axes,) = figure.axes
+    picture = axes.images[0].get_array()
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["sky", "tree", "road"]
+    # ±1 in every row; the ninth of the first cell is beyond the scale.
+    orange, blue = [190, 80, 0], [0, 86, 150]
+    np.testing.assert_array_equal(picture[0], [orange, blue, orange])
+    np.testing.assert_array_equal(picture[1, [0, 2]], [blue, orange])
+    np.testing.assert_array_equal(picture[2, :2], [orange, blue])
+    np.testing.assert_array_equal(
+        plots.compatibility(penalties + np.array([[1], [2], [3]])).axes[0].images[0].get_array(), picture
+    )
+    assert (plots.compatibility(np.ones((1, 1))).axes[0].images[0].get_array() == 255).all()
+
+
+def test_compatibility_refuses_bad_input():
+    with pytest.raises(ValueError, match=r"penalties: got shape \(2, 3\)"):
+        plots.compatibility(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="penalties: hold NaN"):
+        plots.compatibility(np.full((2, 2), np.nan))
+    with pytest.raises(ValueError, match="label_names: got 1 names for 2 labels"):
+        plots.compatibility(np.zeros((2, 2)), ["sky"])
+
+
+def test_label_contexts_shows_the_second_label_around_the_first():
+    contexts = np.zeros((3, 3, 2, 2, 2))
+    contexts[0, 1, 1, 0, 0] = -4.0  # a tree above goes with sky
+    contexts[2, 1, 1, 0, 1] = 4.0  # a tree below speaks against it
+    figure = plots.label_contexts(contexts, [(0, 1), (1, 0)], label_names=["sky", "tree"])
+    assert [axes.get_title() for axes in figure.axes] == ["sky: tree", "tree: sky", "", ""]
+    first, other, second, _ = (np.asarray(axes.images[0].get_array()) for axes in figure.axes)
+    assert first.shape == (3, 3, 3)
+    np.testing.assert_array_equal(first[0, 1], [0, 86, 150])
+    np.testing.assert_array_equal(second[2, 1], [190, 80, 0])
+    assert (other == 255).all()
+    assert (np.delete(first.reshape(9, 3), 1, 0) == 255).all()
+    rendered(figure)
+
+
+@pytest.mark.parametrize(
+    ("contexts", "pairs", "message"),
+    [
+        (np.zeros((3, 3, 2, 2)), [(0, 1)], r"contexts: got shape \(3, 3, 2, 2\)"),
+        (np.zeros((3, 5, 2, 2, 1)), [(0, 1)], r"contexts: got shape \(3, 5, 2, 2, 1\)"),
+        (np.full((3, 3, 2, 2, 1), np.inf), [(0, 1)], "contexts: hold NaN or infinities"),
+        (np.zeros((3, 3, 2, 2, 1)), [], "pairs: got none"),
+        (np.zeros((3, 3, 2, 2, 1)), [(0, 2)], "labels: got 2; expected labels from 0 to 1"),
+    ],
+)
+def test_label_contexts_refuses_bad_input(contexts, pairs, message):
+    with pytest.raises(ValueError, match=message):
+        plots.label_contexts(contexts, pairs)

@@ -96,7 +96,7 @@ def deep_parsing_init(
         Liu et al., *Semantic Image Segmentation via Deep Parsing Network*, 2015, Table 1 (b) and §3.3.
     """
     num_labels = _checks.check_num_labels(num_labels)
-    height, width = read_window(window)
+    color_weight, position_weight = initial_weights(window)
     if not _checks.is_whole(num_contexts) or num_contexts < 1:
         raise ValueError(f"num_contexts: got {num_contexts!r}; expected a whole number >= 1")
     if not _checks.is_whole(context_size) or context_size < 1 or context_size % 2 == 0:
@@ -106,15 +106,26 @@ def deep_parsing_init(
     if not deviation >= 0:
         raise ValueError(f"deviation: got {deviation}; expected a standard deviation >= 0")
     shape = (context_size, context_size, num_labels, num_labels, num_contexts)
-    pixels = height * width
     return DeepParsingParams(
-        color_weight=jnp.asarray(0.5 / (3 * 255**2 * pixels), dtype),
-        position_weight=jnp.asarray(0.5 / (((height / 2) ** 2 + (width / 2) ** 2) * pixels), dtype),
+        color_weight=jnp.asarray(color_weight, dtype),
+        position_weight=jnp.asarray(position_weight, dtype),
         scale=jnp.ones((), dtype),
         offset=jnp.zeros((), dtype),
         contexts=deviation * jax.random.normal(key, shape, dtype),
         context_offset=jnp.zeros((num_labels, num_contexts), dtype),
     )
+
+
+def initial_weights(window: int | Sequence[int]) -> tuple[float, float]:
+    """`ω₁` and `ω₂` at which colours and positions count alike, and the penalties of a window are at most about one.
+
+    Example:
+        >>> [f"{weight:.1e}" for weight in initial_weights(50)]
+        ['1.0e-09', '1.6e-07']
+    """
+    height, width = read_window(window)
+    pixels = height * width
+    return 0.5 / (3 * 255**2 * pixels), 0.5 / (((height / 2) ** 2 + (width / 2) ** 2) * pixels)
 
 
 def deep_parsing_step(

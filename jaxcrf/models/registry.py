@@ -14,13 +14,14 @@ from flax import nnx
 
 from jaxcrf import _checks
 from jaxcrf.models.convcrf import Refined
+from jaxcrf.models.deep_parsing import DeepParsingUnary
 from jaxcrf.models.deeplab import DeepLab, DeepLabV2
 from jaxcrf.models.gaussian_crf import with_gaussian_crf
 from jaxcrf.models.renet import HReNet, NReNet
 from jaxcrf.models.resnet import ResNetFCN
 from jaxcrf.models.small_fcn import SmallFCN
 from jaxcrf.models.vgg import VGG16FCN
-from jaxcrf.nn import ConvCRF, DenseCRF
+from jaxcrf.nn import ConvCRF, DeepParsing, DenseCRF
 
 # Networks by themselves; every entry takes `num_labels, *, in_channels, dtype, rngs` and its own options.
 _NETWORKS: dict[str, Callable[..., nnx.Module]] = {
@@ -38,25 +39,31 @@ _NETWORKS: dict[str, Callable[..., nnx.Module]] = {
     "n_renet": NReNet,
     "h_renet": HReNet,
     "h_renet_baseline": functools.partial(HReNet, cell=None),
+    "deep_parsing_unary": DeepParsingUnary,
 }
 
 
 class _RefinedBy:
-    """Puts a layer that maps images and logits to logits, and needs to know no more than `L`, on a network."""
+    """Puts a layer that maps images and logits to logits on a network.
 
-    def __init__(self, layer: Callable[..., nnx.Module]):
+    Of the network it needs to know no more than `L`; `drawn` says whether it begins with random numbers.
+    """
+
+    def __init__(self, layer: Callable[..., nnx.Module], *, drawn: bool = False):
         self.layer = layer
+        self.drawn = drawn
 
     def __call__(
         self, unary: Any, num_labels: int, *, in_channels: int, dtype: Any, rngs: nnx.Rngs, **options: Any
     ) -> Refined:
-        return Refined(unary, self.layer(num_labels, **options))
+        return Refined(unary, self.layer(num_labels, **options, **({"rngs": rngs} if self.drawn else {})))
 
 
 # CRFs that `create(…, refine=…)` puts on a network: called with it and what it was made with.
 _REFINEMENTS: dict[str, Callable[..., nnx.Module]] = {
     "convcrf": _RefinedBy(ConvCRF),
     "densecrf": _RefinedBy(DenseCRF),
+    "deep_parsing": _RefinedBy(DeepParsing, drawn=True),
     "gaussian_crf": functools.partial(with_gaussian_crf, kind="general"),
     "gaussian_crf_potts": functools.partial(with_gaussian_crf, embedding_size=1024),
     "gaussian_crf_sparse": functools.partial(with_gaussian_crf, layers=("sparse",), kind="general"),
@@ -84,6 +91,7 @@ _COMPOSITES = {
         "densecrf",
         {"preset": "densecrf_crf_as_rnn", "weights_per_label": True, "trainable_compatibility": True},
     ),
+    "deep_parsing_network": _Composite("deep_parsing_unary", "deep_parsing", {"inputs": "log_probs"}),
     "gaussian_crf": _Composite("deeplab_v2", "gaussian_crf"),
     "gaussian_crf_potts": _Composite("deeplab_v2", "gaussian_crf_potts"),
 }
@@ -214,9 +222,9 @@ def create(name: str, num_labels: int, *, rngs: nnx.Rngs, **options: Any) -> nnx
         num_labels: `L`.
         rngs: where parameters and dropout come from.
         **options: of the model; all have `in_channels=3` and `dtype=None`, that of their arithmetic. `refine`, with
-            `refine_options` as a mapping, attaches a CRF: "convcrf" is `nn.ConvCRF`, "densecrf" `nn.DenseCRF`, and
-            "gaussian_crf" with its kinds a second network with `nn.GaussianCRF`. Names that have a CRF already take
-            `crf_options` for it.
+            `refine_options` as a mapping, attaches a CRF: "convcrf" is `nn.ConvCRF`, "densecrf" `nn.DenseCRF`,
+            "deep_parsing" `nn.DeepParsing`, and "gaussian_crf" with its kinds a second network with `nn.GaussianCRF`.
+            Names that have a CRF already take `crf_options` for it.
 
     Returns:
         The model, in training mode; its attribute `config` is what `models.save` stores.

@@ -30,6 +30,8 @@ class VGG16(nnx.Module):
         output_stride: 8, 16 or 32 (as for classification).
         pool_size: 3 as DeepLab has it, or 2 as the original. Where a pool keeps the resolution, it has 3.
         stages: how many of the five there are; with fewer, later pools are left out.
+        dense_pools: whether there are pools that keep the resolution, as DeepLab has them; the Deep Parsing Network
+            leaves them out, and its "pool4" and "pool5" are the convolutions themselves.
         norm: batch normalisation after every convolution, which training from scratch needs.
         dtype: of the arithmetic; None for that of parameters and images.
         rngs: where parameters come from.
@@ -51,7 +53,7 @@ class VGG16(nnx.Module):
     References:
         Simonyan and Zisserman, *Very Deep Convolutional Networks for Large-Scale Image Recognition*, 2015;
         Chen et al., *Semantic Image Segmentation with Deep Convolutional Nets and Fully Connected CRFs*, 2015,
-        §3.1 (holes).
+        §3.1 (holes); Liu et al., *Semantic Image Segmentation via Deep Parsing Network*, 2015, §3.1 (no pools).
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class VGG16(nnx.Module):
         output_stride: int = 8,
         pool_size: int = 3,
         stages: int = 5,
+        dense_pools: bool = True,
         norm: bool = False,
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -74,6 +77,7 @@ class VGG16(nnx.Module):
         self._convolutions = _CONVOLUTIONS[:stages]
         self._in_channels = check_count("in_channels", in_channels)
         self._pool_size = pool_size
+        self._dense_pools = bool(dense_pools)
         self._norm = norm
         self._width = check_count("width", width)
         self._output_stride = output_stride
@@ -128,7 +132,10 @@ class VGG16(nnx.Module):
                     x = getattr(self, f"norm{stage}_{k}")(x)
                 x = jax.nn.relu(x)
             after = self.strides[f"pool{stage}"]
-            x = grids.max_pool(x, 3, 1) if after == stride else grids.max_pool(x, self._pool_size, 2)
+            if after > stride:
+                x = grids.max_pool(x, self._pool_size, 2)
+            elif self._dense_pools:
+                x = grids.max_pool(x, 3, 1)
             stride = after
             features[f"pool{stage}"] = x
         return features

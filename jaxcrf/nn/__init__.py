@@ -6,6 +6,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("jaxcrf.nn needs Flax: pip install 'jaxcrf[train]'", name="flax") from error
 
 from jaxcrf.nn.convcrf import ConvCRF as ConvCRF
+from jaxcrf.nn.deep_parsing import DeepParsing as DeepParsing
 from jaxcrf.nn.dense_crf import DenseCRF as DenseCRF
 from jaxcrf.nn.gaussian_crf import EdgeHead as EdgeHead
 from jaxcrf.nn.gaussian_crf import EmbeddingHead as EmbeddingHead

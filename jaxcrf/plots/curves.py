@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from jaxcrf.metrics import PrecisionRecallCurve, TrimapCurve, mean_iou, per_class_iou
-from jaxcrf.plots.pictures import TEXT, shaded
+from jaxcrf.plots.pictures import TEXT, diverging, shaded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,21 +57,7 @@ def confusion_matrix(
     total = counts.sum(1, keepdims=True)
     shares = np.divide(counts, total, out=np.zeros_like(counts), where=total > 0)
 
-    side, margin = len(counts) * cell_size, 0.1 + 0.085 * max(map(len, names)) + 0.3
-    # Room for the titles of the axes, of however few labels.
-    size = max(side, 0.8) + margin + 0.1
-    figure = _figure(size, size)
-    axes = figure.add_axes((margin / size, 1 - (margin + side) / size, side / size, side / size))
-    axes.imshow(shaded(shares), interpolation="nearest")
-    ticks = range(len(names))
-    axes.set_xticks(ticks, names, rotation=90, fontsize=9, color=TEXT)
-    axes.set_yticks(ticks, names, fontsize=9, color=TEXT)
-    axes.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False)
-    axes.set_xlabel("predicted", fontsize=10, color=TEXT)
-    axes.set_ylabel("truth", fontsize=10, color=TEXT)
-    axes.xaxis.set_label_position("top")
-    for spine in axes.spines.values():
-        spine.set_color(GRID)
+    figure, axes = _matrix(shaded(shares), names, cell_size, "truth", "predicted")
     if len(counts) <= _MOST_NUMBERED:
         for k, row in enumerate(shares):
             for l, share in enumerate(row):
@@ -80,6 +66,73 @@ def confusion_matrix(
                     color = "white" if share > 0.5 else "black"
                     axes.text(l, k, f"{100 * share:.0f}", ha="center", va="center", fontsize=7.5, color=color)
     return figure
+
+
+def compatibility(
+    penalties: Num[Array | np.ndarray, "labels labels"],
+    label_names: Sequence[str] | None = None,
+    *,
+    cell_size: float = 0.36,
+) -> Figure:
+    r"""Shows which labels go together: what each is penalised for each of the others.
+
+    Soft-max does not see what is the same for all labels, so that every row is shown less its mean over the other
+    labels. Labels that go together are blue, those that exclude each other orange; the scale is that of pairs of
+    different labels.
+
+    Args:
+        penalties: `[L, L]`, row = the label that is there, column = the one that is penalised for it. Of the Deep
+            Parsing Network `contexts.sum((0, 1)).mean(-1)`, if triple penalties are positive.
+        label_names: the labels' names; None for the numbers.
+        cell_size: the side of a cell in inches.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: if `penalties` is not square or not finite, or names are missing.
+
+    Example:
+        >>> figure = compatibility(np.array([[0.0, 2.0], [1.0, 0.0]]), ["sky", "tree"])
+        >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        ['sky', 'tree']
+
+    References:
+        Liu et al., *Semantic Image Segmentation via Deep Parsing Network*, 2015, fig. 4 (a).
+    """
+    numbers = np.asarray(penalties).astype(np.float64)
+    if numbers.ndim != 2 or numbers.shape[0] != numbers.shape[1] or not numbers.size:
+        raise ValueError(f"penalties: got shape {numbers.shape}; expected [labels, labels]")
+    if not np.isfinite(numbers).all():
+        raise ValueError("penalties: hold NaN or infinities; expected finite numbers")
+    names = _named(len(numbers), label_names)
+    others = ~np.eye(len(numbers), dtype=bool)
+    numbers = numbers - numbers.mean(1, keepdims=True, where=others if len(numbers) > 1 else True)
+    limit = np.abs(numbers).max(where=others, initial=0.0)
+    figure, _ = _matrix(diverging(numbers, limit), names, cell_size, "label", "penalised")
+    return figure
+
+
+def _matrix(
+    picture: np.ndarray, names: Sequence[str], cell_size: float, rows: str, columns: str
+) -> tuple[Figure, "Axes"]:
+    """A square of cells `[L, L, 3]`, with the labels' names at its left and on top."""
+    side, margin = len(names) * cell_size, 0.1 + 0.085 * max(map(len, names)) + 0.3
+    # Room for the titles of the axes, of however few labels.
+    size = max(side, 0.8) + margin + 0.1
+    figure = _figure(size, size)
+    axes = figure.add_axes((margin / size, 1 - (margin + side) / size, side / size, side / size))
+    axes.imshow(picture, interpolation="nearest")
+    ticks = range(len(names))
+    axes.set_xticks(ticks, names, rotation=90, fontsize=9, color=TEXT)
+    axes.set_yticks(ticks, names, fontsize=9, color=TEXT)
+    axes.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False)
+    axes.set_xlabel(columns, fontsize=10, color=TEXT)
+    axes.set_ylabel(rows, fontsize=10, color=TEXT)
+    axes.xaxis.set_label_position("top")
+    for spine in axes.spines.values():
+        spine.set_color(GRID)
+    return figure, axes
 
 
 def per_class_bars(

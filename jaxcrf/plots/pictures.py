@@ -325,7 +325,7 @@ def affinity(
         others[y, x] = 0
         # A few outliers would leave the rest white; where all but a few are zero, they are the picture.
         limit = np.quantile(np.abs(others), SHOWN_IN_FULL) or np.abs(others).max()
-        pictures = [_diverging(terms[..., k], limit) for k in range(len(theirs))]
+        pictures = [diverging(terms[..., k], limit) for k in range(len(theirs))]
         rows.append([_rgb("image", image), *pictures] if image is not None else pictures)
     if image is not None:
         titles = ["reference pixel", *titles]
@@ -338,6 +338,67 @@ def affinity(
             place = ((x + 0.5) * width - 0.5, (y + 0.5) * height - 0.5)
             for color, thickness in (("white", 3.0), ("black", 1.2)):
                 panel.plot(*place, "o", markersize=9, mfc="none", mec=color, mew=thickness)
+    return figure
+
+
+def label_contexts(
+    contexts: Num[Array | np.ndarray, "size size labels labels contexts"],
+    pairs: Sequence[tuple[int, int]],
+    *,
+    label_names: Sequence[str] | None = None,
+    panel_width: float = 1.2,
+) -> Figure:
+    r"""Shows where labels are expected around others: the learned contexts of the Deep Parsing Network.
+
+    Each column is a pair "A: B" and has a picture per context: with A at the centre, which a ring marks, what it is
+    penalised for B at every place around. Where B goes with A, the picture is blue, where it speaks against it, orange;
+    white is zero, and the scale of a column leaves its largest hundredth out.
+
+    Args:
+        contexts: `μ`, `[size, size, L, L, K]` as in `DeepParsingParams`, times the triple penalties' sign.
+        pairs: labels A and B.
+        label_names: the labels' names, for titles; None for the numbers.
+        panel_width: the width of one picture in inches.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: if contexts have another shape or are not finite, there is no pair, or a label is out of range.
+
+    Example:
+        >>> figure = label_contexts(np.zeros((9, 9, 3, 3, 2)), [(0, 1)], label_names=["sky", "tree", "road"])
+        >>> len(figure.axes), figure.axes[0].get_title()
+        (2, 'sky: tree')
+
+    References:
+        Liu et al., *Semantic Image Segmentation via Deep Parsing Network*, 2015, fig. 4 (b).
+    """
+    numbers = np.asarray(contexts).astype(np.float64)
+    shape = numbers.shape
+    if len(shape) != 5 or shape[0] != shape[1] or shape[2] != shape[3] or not numbers.size:
+        raise ValueError(f"contexts: got shape {shape}; expected [size, size, labels, labels, contexts]")
+    if not np.isfinite(numbers).all():
+        raise ValueError("contexts: hold NaN or infinities; expected finite numbers")
+    if not len(pairs):
+        raise ValueError("pairs: got none; expected at least one (A, B)")
+    columns = {}
+    for center, around in pairs:
+        named = _names([center, around], shape[3], label_names)
+        shown = numbers[:, :, around, center]
+        limit = np.quantile(np.abs(shown), SHOWN_IN_FULL) or np.abs(shown).max()
+        columns[f"{named[0]}: {named[1]}"] = diverging(np.moveaxis(shown, -1, 0), limit)
+    shapes: list[list[tuple[int, ...]]] = [[shape[:2]] * len(columns) for _ in range(shape[4])]
+    figure, axes = _panels(shapes, panel_width, titled=True, legends=[])
+    for column, (title, pictures) in enumerate(columns.items()):
+        for row, picture in enumerate(pictures):
+            panel = axes[row][column]
+            _show(panel, picture, None)
+            if row == 0:
+                # Names of two labels are long beside pictures of a few cells.
+                panel.set_title(title, fontsize=8, color=TEXT, pad=4)
+            center = (shape[0] - 1) / 2
+            panel.plot(center, center, "o", markersize=5, mfc="none", mec="black", mew=0.8)
     return figure
 
 
@@ -457,7 +518,7 @@ def _names(labels: Sequence[int], count: int, names: Sequence[str] | None) -> li
 _NEGATIVE, _POSITIVE, SHADE = (0, 86, 150), (190, 80, 0), (60, 24, 90)
 
 
-def _diverging(values: np.ndarray, limit: float) -> np.ndarray:
+def diverging(values: np.ndarray, limit: float) -> np.ndarray:
     """White for zero, deeper colours for larger magnitudes, which count as `limit` beyond it."""
     share = np.clip(values / limit if limit > 0 else np.zeros_like(values), -1, 1)[..., None]
     color = np.where(share < 0, np.array(_NEGATIVE), np.array(_POSITIVE))
