@@ -132,15 +132,13 @@ def experiment(setting: Setting, splits: Splits, name: str, seed: int) -> Experi
 def feature_map_figure(run: MaskedPredictor, image: np.ndarray) -> Figure:
     """Fig. 2: beside the image the first maps of the first layer, beside the prediction those of the last one."""
     maps = run.feature_maps(image)
-    first, *_, last = maps
+    first, last = "renet1_vertical", f"renet{len(maps) // 2}_horizontal"
     # The image's part of maps that are padded as it was.
     step = run.reduction * run.network.stride  # type: ignore[attr-defined]
     height, width = (-(-n // step) for n in image.shape[:2])
     columns: dict[str, list[Any]] = {"image, prediction": [image, run(image).argmax(-1)]}
     for k in range(min(SHOWN_MAPS, maps[first].shape[-1])):
-        columns[f"{first}, {last}: {k + 1}"] = [
-            grey(maps[name][:height, :width, k]) for name in (first, last)
-        ]
+        columns[f"map {k + 1}"] = [grey(maps[name][:height, :width, k]) for name in (first, last)]
     return plots.segmentation_grid(columns, panel_width=2.4)
 
 

@@ -9,6 +9,9 @@ process, have the same weights, and must give the same numbers. Without PyTorch 
 Flax's is `nnx.Bidirectional` over columns and rows, a loop for each direction, with `LSTMCell`, and "optimized" with
 `OptimizedLSTMCell`. PyTorch's is `torch.nn.LSTM(bidirectional=True)`, with as many threads as the process has cores.
 
+"Products alone" are the group's matrix products in the same loops without what comes between them, a floor for any
+implementation of the kind.
+
 Wall time is what users see, on a machine that does nothing else; processor time is what the work takes on any. Targets,
 wall time on two CPU cores: at most 2 times PyTorch's for a batch of one and 1.3 times for ten, at least 1.5 times
 as fast as Flax; on a GPU at most 2 ms forward for a batch of one, bfloat16 allowed (a row of its own there, and no
@@ -119,6 +122,28 @@ def flax_group(make: Callable[[int, int], Any]) -> Callable[[Any, jax.Array], ja
     return group
 
 
+def products(params: dict[str, dict[str, jax.Array]], x: jax.Array) -> jax.Array:
+    """The group's matrix products in the same order, nothing but sums between them: a floor for what LSTMs take."""
+    for layer in params.values():
+        kernels, recurrent = layer["input_kernel"], layer["recurrent_kernel"]
+        steps = x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[-1])
+        features = recurrent.shape[1]
+
+        def step(hidden: Any, inputs: Any, kernels: Any = kernels, recurrent: Any = recurrent) -> Any:
+            both = [a @ kernel for a, kernel in zip(inputs, kernels, strict=True)]
+            following = (jnp.stack(both) + jnp.einsum("kmd,kdg->kmg", hidden, recurrent))[
+                ..., : hidden.shape[-1]
+            ]
+            return following, following
+
+        zeros = jnp.zeros((2, steps.shape[1], features))
+        _, hidden = jax.lax.scan(step, zeros, (steps, steps[::-1]))
+        y = jnp.concatenate([hidden[:, 0], hidden[::-1, 1]], -1)
+        # Rows become columns for the other layer.
+        x = y.reshape(len(y), x.shape[0], x.shape[2], -1).transpose(1, 2, 0, 3)
+    return x
+
+
 def torch_functions(
     params: dict[str, dict[str, jax.Array]], x: np.ndarray, weights: np.ndarray, expected: np.ndarray
 ) -> dict[str, Callable[[], Any]]:
@@ -190,6 +215,7 @@ def measured(args: argparse.Namespace, batch: int) -> dict[str, Any]:
 
         groups["jaxcrf, bfloat16"] = narrow
     groups |= {"flax.nnx": flax_group(plain), "flax.nnx, optimized": flax_group(optimized)}
+    groups["products alone"] = products
     operands = (params, jnp.asarray(x))
     result: dict[str, Any] = {}
     expected = np.asarray(jax.jit(groups["jaxcrf"])(*operands))
@@ -208,6 +234,8 @@ def measured(args: argparse.Namespace, batch: int) -> dict[str, Any]:
                     continue
                 program = jax.jit(group)
             else:
+                if group is products:
+                    continue
 
                 def loss(params: Any, x: Any, group: Any = group) -> Any:
                     return jnp.sum(weights * group(params, x))
