@@ -283,7 +283,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(table(summarise(seeds), paper=PAPER))
         rows = summarise(seeds)
         write(args, "convcrf_end_to_end", __file__, rows, table(rows, paper=PAPER))
-        curves = plots.training_curves(read_log(runs[0] / "log.jsonl"), names=("loss", "mean_iou"))
+        # The losses of the CRF's own updates, on other images and without an auxiliary term, are not to be compared.
+        joint = [row for row in read_log(runs[0] / "log.jsonl") if row["stage"] != "crf"]
+        curves = plots.training_curves(joint, names=("loss", "mean_iou"))
         plots.save_figure(curves, args.out / f"convcrf_end_to_end_{args.dataset}.png")
 
 
