@@ -43,7 +43,18 @@ from typing import Any
 import numpy as np
 import optax
 from flax import nnx
-from training_tables import FIGURES, Predictor, Splits, parse, predict, searched, summarise, table, write
+from training_tables import (
+    CAMVID_SPACE,
+    FIGURES,
+    Predictor,
+    Splits,
+    parse,
+    predict,
+    searched,
+    summarise,
+    table,
+    write,
+)
 
 import jaxcrf
 from jaxcrf import evaluation, plots, presets
@@ -117,11 +128,7 @@ SETTINGS = {
     "full": Setting(),
     "reduced": Setting(
         from_recipes=True,
-        space={
-            "bilateral_weight": (1, 2, 4, 8),
-            "bilateral_position_bandwidth": (20, 40, 80),
-            "bilateral_color_bandwidth": (5, 10),
-        },
+        space=CAMVID_SPACE,
         searched=6,
         coarse=2,
         refinements=0,

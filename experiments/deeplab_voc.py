@@ -60,7 +60,7 @@ import optax
 from flax import nnx
 from jax import Array
 from matplotlib.figure import Figure
-from training_tables import FIGURES, Predictor, Splits, parse, searched, summarise, table, write
+from training_tables import CAMVID_SPACE, FIGURES, Predictor, Splits, parse, searched, summarise, table, write
 
 from jaxcrf import bilateral_features, evaluation, mean_field, plots, position_features, presets
 from jaxcrf.data import Augmentation, Pipeline, SegmentationFolder, augmentation
@@ -166,7 +166,9 @@ SETTINGS = {
         last_layer=1.0,
         steps=500,
         branch_steps=200,
+        space=CAMVID_SPACE,
         held_out=12,
+        coarse=2,
         refinements=0,
         search_once=True,
     ),

@@ -22,6 +22,13 @@ from jaxcrf.training.search import PRESETS
 
 FIGURES = ("mean_iou", "pixel_accuracy", "class_accuracy")
 
+# Of the fully connected CRF on CamVid, where networks are less sure than on VOC and objects smaller.
+CAMVID_SPACE: Mapping[str, Sequence[float]] = {
+    "bilateral_weight": (1, 2, 4, 8),
+    "bilateral_position_bandwidth": (20, 40, 80),
+    "bilateral_color_bandwidth": (5, 10),
+}
+
 # Figures of one trained and evaluated row, as `evaluate_pipeline` returns them.
 Figures = Mapping[str, float]
 
