@@ -14,6 +14,17 @@ from model_suite import SIZE, SMALL, Member, draw_images, missing
 
 # One of VGG-16; one of a residual network that also has a CRF. The others take minutes.
 QUICK = ("deeplab_largefov", "convcrf")
+# The code of others with other numbers, or a part of it.
+ALIKE = (
+    "resnet101_fcn",
+    "deeplab",
+    "deeplab_4x4",
+    "deeplab_7x7",
+    "deeplab_msc",
+    "gaussian_crf",
+    "deep_parsing_unary",
+    "h_renet_baseline",
+)
 # Neither dropout nor batch normalisation: nothing that evaluation does otherwise.
 MODELESS = ("n_renet",)
 
@@ -21,7 +32,10 @@ MODELESS = ("n_renet",)
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        pytest.param(
+            name,
+            marks=[] if name in QUICK else pytest.mark.exhaustive if name in ALIKE else pytest.mark.slow,
+        )
         for name in models.names()
         if name in SMALL
     ],
