@@ -12,7 +12,7 @@ Cost: the paper gives 2.5 days on a GTX-1080 for a network.
 
 `--dataset camvid` takes CamVid's labels that are objects, `PARTS`, for parts, and everything else for background: again
 seven labels of which six are small. The unary is `recipes.camvid_unary` trained on for a little with these labels;
-the rest is as for `gaussian_crf_voc.py --dataset camvid`. About four minutes per row and seed on quiet cores, and a
+the rest is as for `gaussian_crf_voc.py --dataset camvid`. About four minutes per row and seed on one quiet core, and a
 minute for each seed's unary.
 
 Output: JSON, a Markdown table, affinities of reference pixels, and what the networks say of four images.

@@ -13,7 +13,7 @@ Cost: the paper gives 2.5 days on a GTX-1080 for a network.
 
 `--dataset camvid` takes for salient what CamVid has of vehicles and people, `OBJECTS`. The unary is
 `recipes.camvid_unary` trained on for a little with the two labels; the rest is as for
-`gaussian_crf_voc.py --dataset camvid`. About four minutes per row and seed on quiet cores, and a minute for each
+`gaussian_crf_voc.py --dataset camvid`. About four minutes per row and seed on one quiet core, and a minute for each
 seed's unary.
 
 Output: JSON, a Markdown table, affinities of reference pixels, precision against recall, and what the networks say of
