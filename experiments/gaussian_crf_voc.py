@@ -27,8 +27,8 @@ Cost: the paper gives 2.5 days on a GTX-1080 for a network, and there are 26. `-
 
 `--dataset camvid` is a small setting for two CPU cores, CAMVID in `gaussian_crf_training.py`: the network of
 `recipes.camvid_unary`, which stays as it is, from `--unary-runs` or trained first; a pairwise stream with 16 channels
-at its stem, from scratch; embeddings of 32 (general) and 64 numbers; crops of 192 × 256; the third phase on those of the 67 held-out images.
-About four minutes per row and seed on one quiet core.
+at its stem, from scratch; embeddings of 32 (general) and 64 numbers; crops of 192 × 256, in the third phase of the 67
+held-out images. About four minutes per row and seed on one quiet core.
 
 Output: JSON, a Markdown table, the affinities of reference pixels (fig. 3 and 4), and what the unary and the last two
 rows say of four images (fig. 5).
