@@ -53,7 +53,9 @@ from training_tables import (
     Figures,
     Predictor,
     Splits,
+    add_unary_runs,
     camvid_splits,
+    camvid_unary_run,
     parse,
     summarise,
     table,
@@ -287,17 +289,6 @@ def folder_of(args: argparse.Namespace, seed: int, row: str) -> Path:
     return args.runs / f"seed_{seed}" / name
 
 
-def trained_unary(args: argparse.Namespace, seed: int) -> str | Path | None:
-    """What the unary begins with: weights, or the run of `recipes.camvid_unary`."""
-    if args.scale != "reduced":
-        return args.weights
-    if args.unary_runs is not None:
-        return args.unary_runs / f"seed_{seed}" / "unary"
-    initial = args.runs / f"seed_{seed}" / "camvid_unary"
-    train(recipes.camvid_unary(args.data, seed=seed), initial)
-    return initial
-
-
 @dataclasses.dataclass(frozen=True)
 class Seed:
     """All networks of one seed, and the points of fig. 6a: steps and mIoU of both trainings."""
@@ -309,7 +300,7 @@ class Seed:
 def train_seed(args: argparse.Namespace, setting: Setting, seed: int) -> Seed:
     """Trains all rows that are asked for, or goes on."""
     splits: Splits = args.splits
-    beginning = trained_unary(args, seed)
+    beginning = camvid_unary_run(args, seed) if args.scale == "reduced" else args.weights
     networks: dict[str, Any] = {}
     curves: dict[str, list[tuple[int, float]]] = {"stage by stage": [], FROM_START: []}
 
@@ -470,11 +461,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=TABLES,
         help="what is trained besides the four stages: the joint ablation, the windows of Table 2a, the contexts of 2b",
     )
-    parser.add_argument(
-        "--unary-runs",
-        type=Path,
-        help="for CamVid: a folder with the runs of camvid_fcn.py, seed_0/unary and so on; without it they are made",
-    )
+    add_unary_runs(parser)
 
 
 def main(arguments: list[str] | None = None) -> None:

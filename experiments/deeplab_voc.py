@@ -60,17 +60,30 @@ import optax
 from flax import nnx
 from jax import Array
 from matplotlib.figure import Figure
-from training_tables import CAMVID_SPACE, FIGURES, Predictor, Splits, parse, searched, summarise, table, write
+from training_tables import (
+    CAMVID_SPACE,
+    FIGURES,
+    Predictor,
+    ReducedFolder,
+    Splits,
+    num_parameters,
+    parse,
+    scratch_optimizer,
+    searched,
+    summarise,
+    table,
+    write,
+)
 
 from jaxcrf import bilateral_features, evaluation, mean_field, plots, position_features, presets
-from jaxcrf.data import Augmentation, Pipeline, SegmentationFolder, augmentation
+from jaxcrf.data import Augmentation, Pipeline, augmentation
 from jaxcrf.filters import Filter, Lattice
 from jaxcrf.filters.resampling import average_pool, bilinear_upsample
 from jaxcrf.models import Averaged, ModelConfig
 from jaxcrf.models.parameters import named_leaves, with_leaves
 from jaxcrf.presets import Preset
 from jaxcrf.training import Experiment, Stage, Update, load_model, objectives, save_model, train
-from jaxcrf.training.schedules import adam, optimizer_deeplab, polynomial_decay, warmup
+from jaxcrf.training.schedules import optimizer_deeplab
 from jaxcrf.training.search import SPACES
 
 NETWORKS = (
@@ -94,12 +107,6 @@ PAPER = {
 }
 SHOWN_ITERATIONS = (0, 1, 2, 10)
 DEEPLAB_AUGMENTATION = augmentation.get("deeplab")
-
-
-def scratch_optimizer(steps: int) -> optax.GradientTransformation:
-    """Adam with a warm-up, from 2e-3 to zero, for networks that begin with noise."""
-    schedule = warmup(polynomial_decay(2e-3, steps), max(1, min(50, steps // 5)))
-    return optax.chain(optax.clip_by_global_norm(5.0), adam(schedule, weight_decay=1e-4))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,27 +215,6 @@ class Reduced(nnx.Module):
         return bilinear_upsample(network(small), self.reduction, size)
 
 
-class ReducedFolder:
-    """Examples as a `Reduced` network sees them; of the labels of a square of pixels one is kept."""
-
-    def __init__(self, folder: SegmentationFolder, reduction: int):
-        self._folder = folder
-        self._reduction = reduction
-        self.ignore_label = folder.ignore_label
-
-    def __len__(self) -> int:
-        return len(self._folder)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        image, labels = self._folder[index]
-        r = self._reduction
-        if r > 1:
-            small = average_pool(jnp.asarray(image, jnp.float32), r, labels.shape)
-            image = np.asarray(small.round()).astype(np.uint8)
-            labels = np.ascontiguousarray(labels[::r, ::r])
-        return image, labels
-
-
 def base_of(name: str) -> str:
     """The network that a multi-scale one is built on; any other itself."""
     return name.replace("_msc", "")
@@ -302,11 +288,6 @@ def with_branches(config: ModelConfig, base: nnx.Module, seed: int) -> nnx.Modul
     # The features of the base come first.
     leaves |= learned | {"classifier/kernel": jnp.pad(kernel, [(0, 0), (0, 0), (0, new), (0, 0)])}
     return nnx.merge(definition, with_leaves(state, leaves))
-
-
-def num_parameters(predictor: Predictor) -> int:
-    """What is learned."""
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(predictor.network, nnx.Param)))
 
 
 def images_per_second(predictor: Predictor, size: tuple[int, int], repeats: int = 5) -> float:
@@ -491,7 +472,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows = summarise(seeds, baseline=None)
         costs = {
             name: {
-                "parameters": num_parameters(run),
+                "parameters": num_parameters(run.network),
                 "images_per_second": images_per_second(run, args.splits.crop),
             }
             for name, run in predictors.items()

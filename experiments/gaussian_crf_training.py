@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from training_tables import Figures, Splits, predict, summarise, table, write
+from training_tables import (
+    Figures,
+    Splits,
+    add_unary_runs,
+    camvid_unary_run,
+    predict,
+    summarise,
+    table,
+    write,
+)
 
 from jaxcrf import plots
 from jaxcrf.data import Augmentation, Pipeline, SegmentationFolder
@@ -134,11 +143,7 @@ def add_arguments(parser: argparse.ArgumentParser, scales: Scales) -> None:
     parser.add_argument(
         "--rows", nargs="+", choices=names, metavar="ROW", help="only these: " + ", ".join(names)
     )
-    parser.add_argument(
-        "--unary-runs",
-        type=Path,
-        help="for CamVid: a folder with the runs of camvid_fcn.py, seed_0/unary and so on; without it they are made",
-    )
+    add_unary_runs(parser)
 
 
 def chosen(args: argparse.Namespace, scales: Scales) -> tuple[Setting, dict[str, Row]]:
@@ -232,11 +237,7 @@ def trained_unary(args: argparse.Namespace, setting: Setting, splits: Splits, se
     """The folder of a run whose `unary/…` has been through the first phase, which all rows share."""
     initial: str | Path | None = args.weights
     if args.scale == "reduced":
-        initial = args.runs / f"seed_{seed}" / "camvid_unary"
-        if args.unary_runs is not None:
-            initial = args.unary_runs / f"seed_{seed}" / "unary"
-        else:
-            train(recipes.camvid_unary(args.data, seed=seed), initial)
+        initial = camvid_unary_run(args, seed)
         if not setting.steps[0]:
             return initial
     folder = args.runs / f"seed_{seed}" / "unary"

@@ -54,8 +54,20 @@ from typing import Any
 import numpy as np
 import optax
 from deeplab_voc import DenseCRF
-from renet_training import MaskedPredictor, ReducedFolder, qualitative_figure, scratch_optimizer
-from training_tables import FIGURES, Splits, camvid_splits, parse, searched, summarise, voc_splits, write
+from renet_training import MaskedPredictor, qualitative_figure
+from training_tables import (
+    FIGURES,
+    ReducedFolder,
+    Splits,
+    camvid_splits,
+    num_parameters,
+    parse,
+    scratch_optimizer,
+    searched,
+    summarise,
+    voc_splits,
+    write,
+)
 
 from jaxcrf import evaluation
 from jaxcrf.compat import weights
@@ -428,7 +440,7 @@ def evaluate_row(
     result = evaluation.evaluate(run, args.splits.val, refine=crf, widths=(1,), num_pictures=0)
     alone = result if result.baseline is None else result.baseline
     figures = {figure: alone.totals()[figure] for figure in FIGURES}
-    figures |= {"seconds": run.seconds(), "parameters": float(run.num_parameters)}
+    figures |= {"seconds": run.seconds(), "parameters": float(num_parameters(run.network))}
     if crf is not None:
         figures |= {f"crf_{figure}": result.totals()[figure] for figure in FIGURES}
         figures["crf_seconds"] = float(np.median(crf.seconds))

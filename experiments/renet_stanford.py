@@ -35,8 +35,19 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 from PIL import Image
-from renet_training import MaskedPredictor, ReducedFolder, qualitative_figure, scratch_optimizer
-from training_tables import FIGURES, Splits, camvid_splits, parse, summarise, table, write
+from renet_training import MaskedPredictor, qualitative_figure
+from training_tables import (
+    FIGURES,
+    ReducedFolder,
+    Splits,
+    camvid_splits,
+    num_parameters,
+    parse,
+    scratch_optimizer,
+    summarise,
+    table,
+    write,
+)
 
 from jaxcrf import evaluation, plots
 from jaxcrf.data import Augmentation, Pipeline, augmentation, open_folder
@@ -134,7 +145,7 @@ def feature_map_figure(run: MaskedPredictor, image: np.ndarray) -> Figure:
     maps = run.feature_maps(image)
     first, last = "renet1_vertical", f"renet{len(maps) // 2}_horizontal"
     # The image's part of maps that are padded as it was.
-    step = run.reduction * run.network.stride  # type: ignore[attr-defined]
+    step = run.reduction * run.network.stride
     height, width = (-(-n // step) for n in image.shape[:2])
     columns: dict[str, list[Any]] = {"image, prediction": [image, run(image).argmax(-1)]}
     for k in range(min(SHOWN_MAPS, maps[first].shape[-1])):
@@ -176,7 +187,13 @@ def main(arguments: list[str] | None = None) -> None:
             text = markdown(rows)
             print(f"{name}\n{text}")
         write(
-            args, "renet_stanford", __file__, rows, text, parameters=run.num_parameters, steps=setting.steps
+            args,
+            "renet_stanford",
+            __file__,
+            rows,
+            text,
+            parameters=num_parameters(run.network),
+            steps=setting.steps,
         )
         # Of the last fold or seed, images spread over those that it is tested on.
         pictures(run, data, args.out, f"renet_stanford_{args.dataset}")

@@ -8,14 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from deeplab_voc import ReducedFolder, scratch_optimizer
 from flax import nnx
 
 from jaxcrf import plots
 from jaxcrf.data import SegmentationFolder, augmentation
 from jaxcrf.filters.resampling import average_pool, bilinear_upsample
-
-__all__ = ["MaskedPredictor", "ReducedFolder", "qualitative_figure", "scratch_optimizer"]
 
 
 class MaskedPredictor:
@@ -30,7 +27,7 @@ class MaskedPredictor:
         whole: `(height, width)` of the largest image.
     """
 
-    def __init__(self, network: nnx.Module, reduction: int, whole: Sequence[int]):
+    def __init__(self, network: Any, reduction: int, whole: Sequence[int]):
         network.eval()
         self.network = network
         self.reduction = reduction
@@ -57,11 +54,6 @@ class MaskedPredictor:
         """What the network's `feature_maps` gives, of one image; padded as it was."""
         found = self._maps(self._state, *self._padded(image))
         return {name: np.asarray(value)[0] for name, value in found.items()}
-
-    @property
-    def num_parameters(self) -> int:
-        """What is learned."""
-        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self.network, nnx.Param)))
 
     def seconds(self, repeats: int = 5) -> float:
         """The best time of one image of the largest size, once compiled."""

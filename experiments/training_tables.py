@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from convcrf_synthetic import find_data, write_demonstration_folder
 from flax import nnx
 
 from jaxcrf import presets, reporting
 from jaxcrf.data import Pipeline, SegmentationFolder, augmentation, open_folder
 from jaxcrf.data.images import replacing
+from jaxcrf.filters.resampling import average_pool
 from jaxcrf.presets import Preset
-from jaxcrf.training import recipes, search
+from jaxcrf.training import recipes, search, train
+from jaxcrf.training.schedules import adam, polynomial_decay, warmup
 from jaxcrf.training.search import PRESETS
 
 FIGURES = ("mean_iou", "pixel_accuracy", "class_accuracy")
@@ -79,6 +83,27 @@ def camvid_splits(root: Path) -> Splits:
 SPLITS: dict[str, Callable[[Path], Splits]] = {"voc2012": voc_splits, "camvid": camvid_splits}
 
 
+class ReducedFolder:
+    """Examples at a fraction of their size: mean colours of squares of pixels, and one of their labels."""
+
+    def __init__(self, folder: SegmentationFolder, reduction: int):
+        self._folder = folder
+        self._reduction = reduction
+        self.ignore_label = folder.ignore_label
+
+    def __len__(self) -> int:
+        return len(self._folder)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        image, labels = self._folder[index]
+        r = self._reduction
+        if r > 1:
+            small = average_pool(jnp.asarray(image, jnp.float32), r, labels.shape)
+            image = np.asarray(small.round()).astype(np.uint8)
+            labels = np.ascontiguousarray(labels[::r, ::r])
+        return image, labels
+
+
 @contextlib.contextmanager
 def parse(
     description: str,
@@ -131,6 +156,35 @@ def parse(
         small = camvid_splits(args.data)
         args.splits = dataclasses.replace(small, crop=(64, 64))
         yield args
+
+
+def add_unary_runs(parser: argparse.ArgumentParser) -> None:
+    """The argument of experiments that go on from a unary which others have trained."""
+    parser.add_argument(
+        "--unary-runs",
+        type=Path,
+        help="for CamVid: a folder with the runs of camvid_fcn.py, seed_0/unary and so on; without it they are made",
+    )
+
+
+def camvid_unary_run(args: argparse.Namespace, seed: int) -> Path:
+    """The folder of a run of `recipes.camvid_unary`: one of --unary-runs, or trained now."""
+    if args.unary_runs is not None:
+        return args.unary_runs / f"seed_{seed}" / "unary"
+    folder = args.runs / f"seed_{seed}" / "camvid_unary"
+    train(recipes.camvid_unary(args.data, seed=seed), folder)
+    return folder
+
+
+def scratch_optimizer(steps: int) -> optax.GradientTransformation:
+    """Adam with a warm-up, from 2e-3 to zero, for networks that begin with noise."""
+    schedule = warmup(polynomial_decay(2e-3, steps), max(1, min(50, steps // 5)))
+    return optax.chain(optax.clip_by_global_norm(5.0), adam(schedule, weight_decay=1e-4))
+
+
+def num_parameters(network: nnx.Module) -> int:
+    """What is learned."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
 
 
 def predict(module: nnx.Module) -> Callable[[Any], Any]:

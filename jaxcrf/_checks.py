@@ -93,6 +93,18 @@ def check_num_labels(num_labels: Any) -> int:
     return int(num_labels)
 
 
+def check_layer_inputs(images: Any, logits: Any, num_labels: int) -> None:
+    """Raises unless a layer that refines logits against images can take these two."""
+    shape, size = jnp.shape(logits), jnp.shape(images)
+    if len(shape) < 3 or shape[-1] != num_labels:
+        raise ValueError(f"logits: got shape {shape}; expected [*batch, H, W, {num_labels}]")
+    if len(size) < 3 or size[-3:-1] != shape[-3:-1]:
+        raise ValueError(
+            f"images: got shape {size} for logits of shape {shape}; expected [*batch, H, W, channels] of "
+            "their size. Bring the logits to the images' size first."
+        )
+
+
 def check_not_empty(name: str, x: jax.Array) -> None:
     """Raises if `x` holds nothing."""
     if x.size == 0:

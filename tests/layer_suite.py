@@ -22,11 +22,11 @@ def example(height=4, width=5, *batch, seed=0):
     return images, jnp.asarray(rng.normal(size=(*batch, height, width, LABELS)), jnp.float32)
 
 
-def moved(layer, seed=1):
+def moved(layer, seed=1, scale=0.2):
     """The layer with its parameters away from where they began."""
     rng = np.random.default_rng(seed)
     graph, state = nnx.split(layer)
-    state = jax.tree.map(lambda x: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), state)
+    state = jax.tree.map(lambda x: x + jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), state)
     return nnx.merge(graph, state)
 
 

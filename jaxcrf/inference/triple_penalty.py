@@ -278,14 +278,13 @@ def _stream_boxes(
     """What `stream_taps` finds, by box sums; `by_row` keeps running sums of columns, else whole tiles are summed."""
     tiles = _Tiles.over(reach, x)
     image = image - image.mean((1, 2), keepdims=True)  # so that the zeros around it are nothing special
-    padded = tuple(None if a is None else tiles.pad(a) for a in (x, image, partner))
+    maps, colours = tiles.pad(x), tiles.pad(image)
+    partners = None if partner is None else tiles.pad(partner)
 
     def tile(start: Array) -> Streamed:
-        maps, colours, partners = (
-            None if a is None else _cut(a, start, (tiles.extent[0], *a.shape[2:3], tiles.extent[1]))
-            for a in padded
-        )
-        return _stream_tile(tiles, wanted, by_row, weights, maps, colours, partners)  # type: ignore[arg-type]
+        cut = functools.partial(_cut, start=start, extent=tiles.extent)
+        own_partners = None if partners is None else cut(partners)
+        return _stream_tile(tiles, wanted, by_row, weights, cut(maps), cut(colours), own_partners)
 
     together = None if by_row else math.prod(tiles.counts)
     found = lax.map(tile, tiles.starts(), batch_size=together)
@@ -296,8 +295,9 @@ def _stream_boxes(
     )
 
 
-def _cut(padded: Array, start: Array, size: tuple[int, ...]) -> Array:
-    return lax.dynamic_slice(padded, (start[0], start[1], jnp.int32(0), start[2]), (1, *size))[0]
+def _cut(padded: Array, start: Array, extent: tuple[int, int]) -> Array:
+    size = (1, extent[0], padded.shape[2], extent[1])
+    return lax.dynamic_slice(padded, (start[0], start[1], jnp.int32(0), start[2]), size)[0]
 
 
 def _stream_tile(

@@ -1,20 +1,19 @@
 """The unary network of the Deep Parsing Network: VGG-16 without its last two pools, and sigmoids."""
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Num
+from jaxtyping import Float
 
-from jaxcrf.models import grids
-from jaxcrf.models.network import Network
-from jaxcrf.models.vgg import VGG16
+from jaxcrf.models.deeplab import DeepLab
 
 
-class DeepParsingUnary(Network):
-    r"""VGG-16 at stride 8 without its last two pools, the layers b1 to b11 of the Deep Parsing Network.
+class DeepParsingUnary(DeepLab):
+    r"""VGG-16 at stride 8 without its last two pools, the layers b1 to b11 of the Deep Parsing Network: DeepLab, 7 × 7.
 
     The filters behind the missing pools are those of VGG-16 padded with zeros, 3 × 3 to 5 × 5 and the 7 × 7 of the
     first fully-connected layer to 25 × 25: here convolutions with holes, in which these zeros stay zero. Each label
@@ -47,6 +46,8 @@ class DeepParsingUnary(Network):
         Liu et al., *Semantic Image Segmentation via Deep Parsing Network*, 2015, §3.1, Table 1 (b), fig. 2.
     """
 
+    _BACKBONE = MappingProxyType({"pool_size": 2, "dense_pools": False})
+
     def __init__(
         self,
         num_labels: int,
@@ -59,32 +60,18 @@ class DeepParsingUnary(Network):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        super().__init__(num_labels, in_channels, 8)
-        options = {"dtype": dtype, "rngs": rngs}
-        self.backbone = VGG16(
-            in_channels=in_channels, width=width, pool_size=2, dense_pools=False, norm=norm, **options
+        super().__init__(
+            num_labels,
+            kernel_size=7,
+            rate=4,
+            hidden_channels=hidden_channels,
+            in_channels=in_channels,
+            width=width,
+            dropout=dropout,
+            norm=norm,
+            dtype=dtype,
+            rngs=rngs,
         )
-        relu = {"kernel_init": nnx.initializers.he_normal(), **options}
-        self.fc6 = nnx.Conv(
-            self.backbone.channels["pool5"],
-            hidden_channels,
-            (7, 7),
-            kernel_dilation=self.backbone.dilation,
-            conv_general_dilated=grids.atrous_convolution,
-            **relu,
-        )
-        self.fc7 = nnx.Conv(hidden_channels, hidden_channels, (1, 1), **relu)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
-        self.classifier = nnx.Conv(hidden_channels, num_labels, (1, 1), **options)
-
-    def scores(
-        self, images: Num[Array, "*batch height width channels"]
-    ) -> Float[Array, "*batch rows columns labels"]:
-        """What the sigmoids are taken of, `z`, at stride 8."""
-        x = self.backbone(images)["pool5"]
-        x = self.dropout(jax.nn.relu(self.fc6(x)))
-        x = self.dropout(jax.nn.relu(self.fc7(x)))
-        return self.classifier(x)
 
     def upsample(
         self, scores: Float[Array, "*batch rows columns labels"], size: Sequence[int]

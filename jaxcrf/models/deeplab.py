@@ -1,7 +1,8 @@
 """DeepLab: VGG-16 by the hole algorithm with a chosen field of view, and the ResNet-101 of its second version."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,9 @@ class DeepLab(Network):
         §3, §4.3 (MSc), Table 2 (variants).
     """
 
+    # Further options of the backbone, of networks that are this one on another.
+    _BACKBONE: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+
     def __init__(
         self,
         num_labels: int,
@@ -80,7 +84,7 @@ class DeepLab(Network):
     ):
         super().__init__(num_labels, in_channels, 8)
         options = {"dtype": dtype, "rngs": rngs}
-        self.backbone = VGG16(in_channels=in_channels, width=width, norm=norm, **options)
+        self.backbone = VGG16(in_channels=in_channels, width=width, norm=norm, **self._BACKBONE, **options)
         relu = {"kernel_init": nnx.initializers.he_normal(), **options}
         self.fc6 = nnx.Conv(
             self.backbone.channels["pool5"],

@@ -154,20 +154,14 @@ class DeepParsing(nnx.Module):
         Raises:
             ValueError: if shapes disagree with each other or the number of labels, or concrete arrays hold NaN.
         """
-        shape, size = jnp.shape(logits), jnp.shape(images)
-        if len(shape) < 3 or shape[-1] != self.num_labels:
-            raise ValueError(f"logits: got shape {shape}; expected [*batch, H, W, {self.num_labels}]")
-        if len(size) < 3 or size[-3:-1] != shape[-3:-1]:
-            raise ValueError(
-                f"images: got shape {size} for logits of shape {shape}; expected [*batch, H, W, channels] of "
-                "their size. Bring the logits to the images' size first."
-            )
+        _checks.check_layer_inputs(images, logits, self.num_labels)
+        size = jnp.shape(logits)[-3:-1]
         unary, pixels = _checks.as_float(logits), _checks.as_float(images)
         _checks.check_finite("logits", unary)
         probs = jnp.exp(unary) if self._inputs == "log_probs" else jax.nn.softmax(unary)
         result = deep_parsing_step(
-            average_pool(probs, self._reduction, shape[-3:-1]),
-            average_pool(pixels, self._reduction, shape[-3:-1]),
+            average_pool(probs, self._reduction, size),
+            average_pool(pixels, self._reduction, size),
             self.params,
             window=self._window,
             multiply_center=self._multiply_center,
@@ -176,7 +170,7 @@ class DeepParsing(nnx.Module):
         if self._reduction == 1:
             return result
         triple, penalty = (
-            bilinear_upsample(x, self._reduction, shape[-3:-1]) for x in (result.triple, result.penalty)
+            bilinear_upsample(x, self._reduction, size) for x in (result.triple, result.penalty)
         )
         updated = jnp.log(jnp.maximum(probs, CLIP)) - penalty
         return DeepParsingResult(jax.nn.softmax(updated), updated, triple, penalty)

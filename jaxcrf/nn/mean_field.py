@@ -128,15 +128,8 @@ class MeanFieldCRF(nnx.Module):
             ValueError: if shapes disagree with each other, the number of labels or the size that trained features
                 belong to.
         """
-        shape, size = jnp.shape(logits), jnp.shape(images)
-        if len(shape) < 3 or shape[-1] != self.num_labels:
-            raise ValueError(f"logits: got shape {shape}; expected [*batch, H, W, {self.num_labels}]")
-        if len(size) < 3 or size[-3:-1] != shape[-3:-1]:
-            raise ValueError(
-                f"images: got shape {size} for logits of shape {shape}; expected [*batch, H, W, channels] of "
-                "their size. Bring the logits to the images' size first."
-            )
-        offsets = self._checked_offsets(size)
+        _checks.check_layer_inputs(images, logits, self.num_labels)
+        offsets = self._checked_offsets(jnp.shape(images))
         compatibility = None if self.compatibility is None else self.compatibility[...]
         parameters = _Parameters(self._numbers(), offsets, compatibility)
         config = dataclasses.replace(self._config, preset=self._preset)

@@ -1,5 +1,7 @@
 """The Deep Parsing Network's smoothness terms as a layer."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ pytest.importorskip("optax")
 from jaxcrf.models.parameters import named_leaves  # noqa: E402  (needs flax)
 from jaxcrf.nn import DeepParsing  # noqa: E402
 from jaxcrf.training.updates import select  # noqa: E402
+from layer_suite import moved  # noqa: E402
 
 LABELS = 3
 SMALL = {"num_contexts": 2, "context_size": 3, "window": 4}
@@ -26,15 +29,6 @@ def example(*shape, seed=0, channels=3, labels=LABELS):
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (*shape, channels)).astype(np.uint8)
     return images, jnp.asarray(rng.normal(size=(*shape, labels)), jnp.float32)
-
-
-def moved(layer, seed=1):
-    """The layer with its parameters away from where they began."""
-    rng = np.random.default_rng(seed)
-    graph, state = nnx.split(layer)
-    return nnx.merge(
-        graph, jax.tree.map(lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), state)
-    )
 
 
 def step(layer, probs, images, **options):
@@ -56,7 +50,7 @@ def step(layer, probs, images, **options):
 )
 def test_a_layer_is_the_step_with_its_parameters(options):
     images, logits = example(5, 6)
-    layer = moved(create(**options))
+    layer = moved(create(**options), scale=0.3)
     probs = jax.nn.softmax(logits)
     if "inputs" in options:
         probs = jax.nn.sigmoid(logits)
@@ -105,7 +99,7 @@ def test_reduced_penalties_are_those_of_cells_interpolated():
         value = np.asarray(getattr(cells, name), np.float64)
         for axis, n in ((0, 6), (1, 8)):
             centers = np.arange(0.5, n, 2)
-            value = np.apply_along_axis(lambda x: np.interp(np.arange(n), centers, x), axis, value)  # noqa: B023
+            value = np.apply_along_axis(functools.partial(np.interp, np.arange(n), centers), axis, value)
         np.testing.assert_allclose(getattr(found, name), value, atol=1e-5, err_msg=name)
         if name == "penalty":
             np.testing.assert_allclose(found.logits, np.log(probs) - value, atol=1e-5)
