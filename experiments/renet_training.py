@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jaxcrf import plots
-from jaxcrf.data import SegmentationFolder, augmentation
+from jaxcrf.data import SegmentationFolder
 from jaxcrf.filters.resampling import average_pool, bilinear_upsample
 
 
@@ -19,7 +19,7 @@ class MaskedPredictor:
     """A recurrent network as a function of an image `[H, W, 3]` to its logits, which compiles once for all sizes.
 
     Images are padded to one size, with a mask: what a recurrent layer says of an image depends on all of it, and would
-    depend on the padding.
+    depend on the padding. That is the image's reflection, as in training, for what reaches a little across its borders.
 
     Args:
         network: maps images and masks to logits.
@@ -68,8 +68,8 @@ class MaskedPredictor:
     def _padded(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The image padded, and the mask of the reduced one."""
         height, width, _ = image.shape
-        whole = np.full((1, *self._whole, 3), augmentation.MEAN_COLOR, np.uint8)
-        whole[0, :height, :width] = image
+        missing = [(0, n - size) for n, size in zip(self._whole, (height, width), strict=True)]
+        whole = np.pad(image, [*missing, (0, 0)], mode="reflect")[None]
         mask = np.zeros((1, *(n // self.reduction for n in self._whole)), bool)
         mask[0, : -(-height // self.reduction), : -(-width // self.reduction)] = True
         return whole, mask

@@ -3,9 +3,9 @@
 import numpy as np
 
 
-def upsample(x, stride, size):
-    """Between cells `i` over pixels `s i`, `[rows, columns, channels]`; the last cell is repeated."""
-    return _interpolated(x, [np.arange(n) / stride for n in size])
+def upsample(x, stride, size, offset=0.0):
+    """Between cells `i` over pixels `s i + o`, `[rows, columns, channels]`; the first and last cells are repeated."""
+    return _interpolated(x, [np.maximum((np.arange(n) - offset) / stride, 0) for n in size])
 
 
 def resize(x, size):

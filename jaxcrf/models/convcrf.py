@@ -95,7 +95,8 @@ class Refined(nnx.Module):
 
         Args:
             images: in 0 … 255.
-            mask: where there is image in a padded batch, for recurrent networks, which alone take one.
+            mask: where there is image in a padded batch, for recurrent networks, which alone take one. The CRF takes
+                none: as far as it reaches from a border, it takes the padding for image.
         """
         unary: Any = self.unary(images) if mask is None else self.unary(images, mask)
         refined: Any = self.crf(images, unary)

@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Float, Num
 
 from jaxcrf.models import grids
-from jaxcrf.models.network import Network, check_images
+from jaxcrf.models.network import Network, check_dropout, check_images
 from jaxcrf.models.resnet import ResNet
 from jaxcrf.models.vgg import VGG16
 
@@ -82,9 +82,10 @@ class DeepLab(Network):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        super().__init__(num_labels, in_channels, 8)
         options = {"dtype": dtype, "rngs": rngs}
-        self.backbone = VGG16(in_channels=in_channels, width=width, norm=norm, **self._BACKBONE, **options)
+        backbone = VGG16(in_channels=in_channels, width=width, norm=norm, **self._BACKBONE, **options)
+        super().__init__(num_labels, in_channels, 8, backbone.offsets["pool5"])
+        self.backbone = backbone
         relu = {"kernel_init": nnx.initializers.he_normal(), **options}
         self.fc6 = nnx.Conv(
             self.backbone.channels["pool5"],
@@ -95,7 +96,7 @@ class DeepLab(Network):
             **relu,
         )
         self.fc7 = nnx.Conv(hidden_channels, hidden_channels, (1, 1), **relu)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.dropout = nnx.Dropout(check_dropout(dropout), rngs=rngs)
         self.branches: Any = nnx.Dict()
         if multi_scale:
             channels = {"image": in_channels, **self.backbone.channels}

@@ -1,8 +1,9 @@
-"""The grids that networks score: every so many pixels, beginning with the first.
+"""The grids that networks score: every so many pixels, beginning with the first ones.
 
 Convolutions and pools that pad by half their width put cell `i` of a grid of stride `s` over pixel `s i`, so that `n`
-pixels make `⌈n/s⌉` cells, whatever `n` is, and a grid of half the stride holds every cell of the coarser one. (Cells
-that tile the image, with their centres half a cell in, are those of `jaxcrf.filters.resampling`.)
+pixels make `⌈n/s⌉` cells, whatever `n` is, and a grid of half the stride holds every cell of the coarser one. Pools of
+2 × 2, and patches, make as many cells, but tile the image from its upper left corner: cell `i` is centred at
+`s i + (s - 1) / 2`. (Cells that tile it from its centre are those of `jaxcrf.filters.resampling`.)
 """
 
 from collections.abc import Sequence
@@ -15,17 +16,18 @@ from jaxtyping import Float
 
 
 def upsample(
-    x: Float[Array, "*batch rows columns channels"], stride: int, size: Sequence[int]
+    x: Float[Array, "*batch rows columns channels"], stride: int, size: Sequence[int], offset: float = 0.0
 ) -> Float[Array, "*batch height width channels"]:
-    r"""Interpolates linearly between the cells of a grid, and repeats the last one.
+    r"""Interpolates linearly between the cells of a grid, and repeats the first and the last one.
 
     .. math::
-        y_p = (1 - t)\, x_i + t\, x_{i+1}, \qquad i = \lfloor p / s \rfloor,\ t = p / s - i
+        y_p = (1 - t)\, x_i + t\, x_{i+1}, \qquad i = \lfloor (p - o) / s \rfloor,\ t = (p - o) / s - i
 
     Args:
-        x: cells `i` over pixels `s i`, `[*batch, ⌈H/s⌉, ⌈W/s⌉, channels]`.
+        x: cells `i` over pixels `s i + o`, `[*batch, ⌈H/s⌉, ⌈W/s⌉, channels]`.
         stride: `s`.
         size: `(H, W)`.
+        offset: `o`, from 0 to less than `s`.
 
     Returns:
         `[*batch, H, W, channels]`.
@@ -45,11 +47,12 @@ def upsample(
             )
         if stride == 1:
             continue
-        # As `s` phases, each a fixed blend of a cell and the next one: no gathers, and gradients as cheap.
-        following = jnp.concatenate(
-            [lax.slice_in_dim(x, 1, cells, axis=axis), lax.slice_in_dim(x, cells - 1, cells, axis=axis)], axis
-        )
-        phases = [(1 - k / stride) * x + (k / stride) * following for k in range(stride)]
+        # As `s` phases, each a fixed blend of a cell and a neighbour: no gathers, and gradients as cheap.
+        first, last = (lax.slice_in_dim(x, k, k + 1, axis=axis) for k in (0, cells - 1))
+        before = jnp.concatenate([first, lax.slice_in_dim(x, 0, cells - 1, axis=axis)], axis)
+        following = jnp.concatenate([lax.slice_in_dim(x, 1, cells, axis=axis), last], axis)
+        shares = [(k - offset) / stride for k in range(stride)]
+        phases = [(1 - abs(t)) * x + abs(t) * (before if t < 0 else following) for t in shares]
         x = jnp.stack(phases, axis=axis + 1)
         x = x.reshape(*x.shape[:axis], cells * stride, *x.shape[axis + 2 :])
         x = lax.slice_in_dim(x, 0, n, axis=axis)

@@ -31,7 +31,7 @@ class Network(nnx.Module):
         ValueError: if `num_labels` is less than 2 or `in_channels` less than 1.
     """
 
-    def __init__(self, num_labels: int, in_channels: int, stride: int):
+    def __init__(self, num_labels: int, in_channels: int, stride: int, offset: float = 0.0):
         self.num_labels = _checks.check_num_labels(num_labels)
         if num_labels < 2:
             raise ValueError(
@@ -40,6 +40,8 @@ class Network(nnx.Module):
             )
         self.in_channels = check_count("in_channels", in_channels)
         self.stride = stride
+        # Of the grid: where its first cell lies, in pixels.
+        self._offset = offset
 
     def scores(
         self, images: Num[Array, "*batch height width channels"]
@@ -51,11 +53,11 @@ class Network(nnx.Module):
         self, scores: Float[Array, "*batch rows columns labels"], size: Sequence[int]
     ) -> Float[Array, "*batch height width labels"]:
         """Scores at every pixel of images of `size`, `(H, W)`, interpolated linearly."""
-        return grids.upsample(scores, self.stride, size)
+        return grids.upsample(scores, self.stride, size, self._offset)
 
     def places(self, pixels: int) -> Float[np.ndarray, " cells"]:
         """Where the cells of the grid lie along an axis of so many pixels, `[⌈pixels/stride⌉]`, in pixels from 0."""
-        return self.stride * np.arange(-(-pixels // self.stride), dtype=np.float64)
+        return self._offset + self.stride * np.arange(-(-pixels // self.stride), dtype=np.float64)
 
     def __call__(
         self, images: Num[Array, "*batch height width channels"]
@@ -81,6 +83,21 @@ def check_count(name: str, value: Any) -> int:
     if not _checks.is_whole(value) or value < 1:
         raise ValueError(f"{name}: got {value!r}; expected a whole number of at least 1")
     return int(value)
+
+
+def check_dropout(dropout: Any) -> float:
+    """A share of what is dropped while training.
+
+    Raises:
+        ValueError: unless it is a number from 0 to less than 1.
+
+    Example:
+        >>> check_dropout(0.5)
+        0.5
+    """
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout: got {dropout!r}; expected a number from 0 to less than 1")
+    return float(dropout)
 
 
 def check_images(images: Any, in_channels: int) -> Array:

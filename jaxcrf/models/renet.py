@@ -10,9 +10,8 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Bool, Float, Num
 
-from jaxcrf.filters.resampling import bilinear_upsample
 from jaxcrf.models import grids
-from jaxcrf.models.network import Network, check_count, normalized
+from jaxcrf.models.network import Network, check_count, check_dropout, normalized
 from jaxcrf.models.vgg import VGG16
 from jaxcrf.nn import ReNetGroup
 from jaxcrf.recurrent import Cell, renet_mask
@@ -36,7 +35,7 @@ class RecurrentNetwork(Network):
         Args:
             images: in 0 … 255.
             mask: where there is image in a padded batch: for every image a rectangle in the upper left corner. None
-                for everywhere.
+                for everywhere. Convolutions see as much of the padding as they reach.
 
         Returns:
             `[*batch, ⌈H/stride⌉, ⌈W/stride⌉, L]`.
@@ -51,16 +50,37 @@ class RecurrentNetwork(Network):
         images: Num[Array, "*batch height width channels"],
         mask: Bool[Array, "*batch height width"] | None = None,
     ) -> Float[Array, "*batch height width labels"]:
-        """Logits; the arguments are those of `scores`."""
-        return self.upsample(self.scores(images, mask), jnp.shape(images)[-3:-1])
+        """Logits; the arguments are those of `scores`. With a mask they are interpolated among its cells alone."""
+        scores = self.scores(images, mask)
+        cells = self._cells(images, mask)
+        if cells is not None:
+            # Beyond the last row and column of an image, these again.
+            for axis in (-2, -1):
+                count = cells.any(-3 - axis).sum(-1, keepdims=True)
+                nearest = jnp.clip(jnp.arange(cells.shape[axis]), 0, jnp.maximum(count - 1, 0))
+                nearest = jnp.expand_dims(nearest, (-1, -3 - axis - 1))
+                scores = jnp.take_along_axis(scores, nearest, axis - 1)
+        return self.upsample(scores, jnp.shape(images)[-3:-1])
+
+    def _cells(self, images: Any, mask: Any) -> Array | None:
+        """The mask on the grid: both begin in one corner, so that a cell holds image where its first pixel does."""
+        if mask is None:
+            return None
+        mask = jnp.asarray(mask)
+        if mask.shape != jnp.shape(images)[:-1] or mask.dtype != jnp.bool_:
+            raise ValueError(
+                f"mask: got shape {mask.shape}, dtype {mask.dtype}; expected booleans "
+                f"{jnp.shape(images)[:-1]}, as many as the images have pixels"
+            )
+        return mask[..., :: self.stride, :: self.stride]
 
 
 class NReNet(RecurrentNetwork):
     r"""Recurrent layer groups on top of each other, the first over patches of pixels; there is no convolution.
 
     Every group sweeps vertically, then horizontally, and sees the whole image; a 1 × 1 convolution makes scores of the
-    last one's features, which are interpolated bilinearly. Images smaller than a patch are mirrored at their lower and
-    right edges until they fill one.
+    last one's features, which are interpolated bilinearly. Images smaller than a patch are reflected at their lower and
+    right borders until they fill one.
 
     The paper gives the numbers of units in a figure only, as "increasing"; those here are a choice.
 
@@ -104,8 +124,10 @@ class NReNet(RecurrentNetwork):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        super().__init__(num_labels, in_channels, check_count("patch", patch))
+        super().__init__(num_labels, in_channels, check_count("patch", patch), (patch - 1) / 2)
         check_count("width", width)
+        if not isinstance(multipliers, Sequence):
+            raise ValueError(f"multipliers: got {multipliers!r}; expected a tuple, a number for every group")
         if not multipliers:
             raise ValueError("multipliers: got none; expected a number for every group, at least one")
         features = [width * check_count("multipliers", factor) for factor in multipliers]
@@ -127,14 +149,8 @@ class NReNet(RecurrentNetwork):
     ) -> dict[str, Float[Array, "*batch rows columns features"]]:
         """What every layer gives, as "renet1_vertical", "renet1_horizontal", … (fig. 2); arguments as in `scores`."""
         x = normalized(images, self.in_channels)
-        # Where it is smaller than a patch; a layer itself reflects what does not divide.
-        missing = [max(0, self.stride - n) for n in x.shape[-3:-1]]
-        if any(missing):
-            before = [(0, 0)] * (x.ndim - 3)
-            widths = [(0, n) for n in missing]
-            x = jnp.pad(x, [*before, *widths, (0, 0)], mode="symmetric")
-            if mask is not None:
-                mask = jnp.pad(jnp.asarray(mask), [*before, *widths], mode="symmetric")
+        self._cells(images, mask)
+        x, mask = _at_least_a_patch(x, mask, self.stride)
         found = {}
         for number, group in enumerate(self.groups, start=1):
             x = found[f"renet{number}_vertical"] = group.first(x, mask)
@@ -149,19 +165,6 @@ class NReNet(RecurrentNetwork):
     ) -> Float[Array, "*batch rows columns labels"]:
         """Logits of the patches; the arguments are those of `RecurrentNetwork.scores`."""
         return self.classifier(self.feature_maps(images, mask)[f"renet{len(self.groups)}_horizontal"])
-
-    def upsample(
-        self, scores: Float[Array, "*batch rows columns labels"], size: Sequence[int]
-    ) -> Float[Array, "*batch height width labels"]:
-        """Scores at every pixel of images of `size`; patches tile the image, from its upper left corner."""
-        height, width = size
-        # Of whole patches; what is beyond the image is cut off.
-        whole = [n * self.stride for n in scores.shape[-3:-1]]
-        return bilinear_upsample(scores, self.stride, whole)[..., :height, :width, :]
-
-    def places(self, pixels: int) -> Float[np.ndarray, " cells"]:
-        """The patches' centres."""
-        return super().places(pixels) + (self.stride - 1) / 2
 
 
 class HReNet(RecurrentNetwork):
@@ -232,18 +235,23 @@ class HReNet(RecurrentNetwork):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        super().__init__(num_labels, in_channels, 8)
+        if isinstance(sources, str) or not isinstance(sources, Sequence):
+            raise ValueError(
+                f"sources: got {sources!r}; expected a tuple of one or more of {', '.join(SOURCES)}"
+            )
         if not sources or not set(sources) <= set(SOURCES) or len(set(sources)) < len(sources):
             raise ValueError(f"sources: got {tuple(sources)}; expected one or more of {', '.join(SOURCES)}")
         if normalization is not None and normalization not in get_args(Normalization):
             raise ValueError(f"normalization: got {normalization!r}; expected 'batch', 'l2' or None")
         for name, value in (("l2_scale", l2_scale), ("deviation", deviation)):
-            if value is not None and not 0 < value < np.inf:
+            if value is not None and not (isinstance(value, int | float) and 0 < value < np.inf):
                 raise ValueError(f"{name}: got {value!r}; expected a number > 0")
+        for name, value in (("hidden_channels", hidden_channels), ("rate", rate)):
+            check_count(name, value)
         self._sources = tuple(source for source in SOURCES if source in sources)
         self._l2_scale = float(l2_scale) if normalization == "l2" else None
         options = {"dtype": dtype, "rngs": rngs}
-        self.backbone = VGG16(
+        backbone = VGG16(
             in_channels=in_channels,
             width=width,
             pool_size=2,
@@ -251,15 +259,18 @@ class HReNet(RecurrentNetwork):
             norm=norm,
             **options,
         )
+        # Those of all sources.
+        super().__init__(num_labels, in_channels, 8, backbone.offsets["pool4"])
+        self.backbone = backbone
         channels = self.backbone.channels
         he, lecun = nnx.initializers.he_normal(), nnx.initializers.lecun_normal()
         drawn = None if deviation is None else nnx.initializers.normal(deviation)
         if "conv7" in self._sources:
             self.conv6 = nnx.Conv(
                 channels["pool5"],
-                check_count("hidden_channels", hidden_channels),
+                hidden_channels,
                 (3, 3),
-                kernel_dilation=check_count("rate", rate),
+                kernel_dilation=rate,
                 conv_general_dilated=grids.atrous_convolution,
                 kernel_init=drawn or he,
                 **options,
@@ -268,7 +279,7 @@ class HReNet(RecurrentNetwork):
                 hidden_channels, hidden_channels, (3, 3), kernel_init=drawn or he, **options
             )
             channels["conv7"] = hidden_channels
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.dropout = nnx.Dropout(check_dropout(dropout), rngs=rngs)
         self.normalizations: Any = nnx.Dict()
         if normalization == "batch":
             for source in self._sources:
@@ -321,18 +332,6 @@ class HReNet(RecurrentNetwork):
         *_, x = self.feature_maps(images, mask).values()
         return self.classifier(x)
 
-    def _cells(self, images: Any, mask: Any) -> Array | None:
-        """The mask on the grid, whose cells lie over every eighth pixel."""
-        if mask is None:
-            return None
-        mask = jnp.asarray(mask)
-        if mask.shape != jnp.shape(images)[:-1] or mask.dtype != jnp.bool_:
-            raise ValueError(
-                f"mask: got shape {mask.shape}, dtype {mask.dtype}; expected booleans "
-                f"{jnp.shape(images)[:-1]}, as many as the images have pixels"
-            )
-        return mask[..., :: self.stride, :: self.stride]
-
     def _normalized(self, name: str, x: Array, cells: Array | None) -> Array:
         if name in self.normalizations:
             return self.normalizations[name](x, mask=None if cells is None else cells[..., None])
@@ -343,3 +342,30 @@ class HReNet(RecurrentNetwork):
         squares = jnp.sum(seen**2, (-3, -2, -1), keepdims=True)
         # Where all features are zero they stay so.
         return (wide * self._l2_scale * lax.rsqrt(squares + 1e-12)).astype(x.dtype)
+
+
+def _at_least_a_patch(x: Array, mask: Any, patch: int) -> tuple[Array, Array | None]:
+    """Images smaller than a patch reflected until they fill one; layers themselves fill up what does not divide."""
+    mask = None if mask is None else jnp.asarray(mask)
+    for axis in (-2, -1) if patch > 1 else ():
+        missing = max(0, patch - x.shape[axis - 1])
+        if mask is None:
+            if missing:
+                x = jnp.take(x, _reflected(jnp.arange(patch), x.shape[axis - 1]), axis - 1)
+            continue
+        widths = [(0, missing) if n == mask.ndim + axis else (0, 0) for n in range(mask.ndim)]
+        mask = jnp.pad(mask, widths)
+        x = jnp.pad(x, [*widths, (0, 0)])
+        # Every image of a padded batch has a size of its own, and what lies within the first patch may be padding.
+        count = jnp.maximum(mask.any(-3 - axis).sum(-1, keepdims=True), 1)
+        index = jnp.arange(mask.shape[axis])
+        source = jnp.expand_dims(jnp.where(index < patch, _reflected(index, count), index), -3 - axis)
+        mask = jnp.take_along_axis(mask, source, axis)
+        x = jnp.take_along_axis(x, source[..., None], axis - 1)
+    return x, mask
+
+
+def _reflected(index: Array, count: Any) -> Array:
+    """Which of `count` pixels is at a place when they are reflected at their last and first one, over and over."""
+    index = index % jnp.maximum(2 * (count - 1), 1)
+    return jnp.minimum(index, 2 * (count - 1) - index)

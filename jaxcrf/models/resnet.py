@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Float, Num
 
 from jaxcrf.models import grids
-from jaxcrf.models.network import Network, check_count, normalized
+from jaxcrf.models.network import Network, check_count, check_dropout, normalized
 from jaxcrf.models.vgg import check_output_stride
 
 # Blocks of each stage, by the number of layers with weights.
@@ -174,7 +174,7 @@ class ResNetFCN(Network):
         self._last = list(backbone.strides)[-1]
         super().__init__(num_labels, in_channels, backbone.strides[self._last])
         self.backbone = backbone
-        self.dropout = nnx.Dropout(dropout, broadcast_dims=(-3, -2), rngs=rngs)
+        self.dropout = nnx.Dropout(check_dropout(dropout), broadcast_dims=(-3, -2), rngs=rngs)
         self.classifier = nnx.Conv(backbone.channels[self._last], num_labels, (1, 1), dtype=dtype, rngs=rngs)
 
     def scores(

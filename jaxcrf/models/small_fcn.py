@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Float, Num
 
 from jaxcrf.filters.resampling import average_pool, bilinear_upsample, cells
-from jaxcrf.models.network import Network, check_count, check_images
+from jaxcrf.models.network import Network, check_count, check_dropout, check_images
 
 # Rough moments of photographs in 0 … 255, per colour channel.
 _MEAN, _SCALE = 115.0, 70.0
@@ -80,7 +80,7 @@ class SmallFCN(Network):
         )
         self.laterals = nnx.List([nnx.Conv(channels, width, (1, 1), **options) for channels in widths])
         self.fusion = _Normalized(width, width, **options)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.dropout = nnx.Dropout(check_dropout(dropout), rngs=rngs)
         self.classifier = nnx.Conv(width, num_labels, (1, 1), **options)
 
     def scores(

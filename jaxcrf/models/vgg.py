@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Float, Num
 
 from jaxcrf.models import grids
-from jaxcrf.models.network import Network, check_count, normalized
+from jaxcrf.models.network import Network, check_count, check_dropout, normalized
 
 OUTPUT_STRIDES = (8, 16, 32)
 
@@ -111,6 +111,13 @@ class VGG16(nnx.Module):
         return {f"pool{k}": min(2**k, self._output_stride) for k in range(1, 1 + len(self._convolutions))}
 
     @property
+    def offsets(self) -> dict[str, float]:
+        """Where the first cell of the features of every pool lies, in pixels: pools of 2 × 2 tile the image."""
+        return {
+            name: (stride - 1) / 2 if self._pool_size == 2 else 0.0 for name, stride in self.strides.items()
+        }
+
+    @property
     def channels(self) -> dict[str, int]:
         """Of the features of every pool."""
         used = _CHANNELS[: len(self._convolutions)]
@@ -205,13 +212,14 @@ class VGG16FCN(Network):
                 f"skips: got {', '.join(skips)}, of strides {strides[1:]}, after an output stride of {output_stride}; "
                 "expected pools each of twice the resolution of the one before, or none"
             )
-        super().__init__(num_labels, in_channels, strides[-1])
+        last = skips[-1] if skips else "pool5"
+        super().__init__(num_labels, in_channels, strides[-1], backbone.offsets[last])
         self.backbone = backbone
         self.fc6 = nnx.Conv(
             backbone.channels["pool5"], hidden_channels, (7, 7), kernel_dilation=backbone.dilation, **options
         )
         self.fc7 = nnx.Conv(hidden_channels, hidden_channels, (1, 1), **options)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.dropout = nnx.Dropout(check_dropout(dropout), rngs=rngs)
         self.classifier = nnx.Conv(hidden_channels, num_labels, (1, 1), **options)
         self._skips = tuple(skips)
         self.skips = nnx.Dict(
@@ -225,10 +233,13 @@ class VGG16FCN(Network):
         features = self.backbone(images)
         x = self.dropout(jax.nn.relu(self.fc6(features["pool5"])))
         x = self.dropout(jax.nn.relu(self.fc7(x)))
-        x = self.classifier(x)
+        x, before = self.classifier(x), "pool5"
+        strides, offsets = self.backbone.strides, self.backbone.offsets
         for skip in self._skips:
             own = self.skips[skip](features[skip])
-            x = own + grids.upsample(x, 2, own.shape[-3:-1])
+            # In cells of the finer grid.
+            offset = (offsets[before] - offsets[skip]) / strides[skip]
+            x, before = own + grids.upsample(x, 2, own.shape[-3:-1], offset), skip
         return x
 
 

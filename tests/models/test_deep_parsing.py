@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
+import grid_oracles
 import jaxcrf
 from jaxcrf import models
 from jaxcrf.compat import weights
@@ -73,8 +74,9 @@ def test_every_label_has_a_sigmoid_and_the_crf_takes_it(model):
     x = images(17, 26)
     with_unary = jax.jit(lambda x: (*model.with_unary(x), model.unary.scores(x)))
     refined, log_probs, scores = with_unary(x)
-    # Cells lie over every eighth pixel.
-    np.testing.assert_allclose(np.exp(log_probs[::8, ::8]), jax.nn.sigmoid(scores), rtol=1e-5)
+    # Cells are tiles of eight by eight pixels.
+    interpolated = grid_oracles.upsample(np.asarray(scores, float), 8, x.shape[:2], 3.5)
+    np.testing.assert_allclose(np.exp(log_probs), 1 / (1 + np.exp(-interpolated)), rtol=1e-5)
     assert np.abs(np.exp(log_probs).sum(-1) - 1).min() > 1e-3
     crf = model.crf
     expected = jaxcrf.deep_parsing_step(jnp.exp(log_probs), x, crf.params, window=6).logits

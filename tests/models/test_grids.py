@@ -1,22 +1,28 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import grid_oracles
-from jaxcrf.models import grids
+from jaxcrf.models import ModelConfig, grids
+from jaxcrf.models.vgg import VGG16FCN
+from model_suite import with_numbers
 
 
 def maps(*shape):
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize(("stride", "size"), [(8, (17, 24)), (3, (1, 10)), (1, (4, 5))])
-def test_upsampling_interpolates_between_cells_and_repeats_the_last(stride, size):
+@pytest.mark.parametrize(
+    ("stride", "size", "offset"),
+    [(8, (17, 24), 0.0), (8, (17, 24), 3.5), (2, (5, 6), 0.5), (3, (1, 10), 1.0), (1, (4, 5), 0.0)],
+)
+def test_upsampling_interpolates_between_cells_and_repeats_the_last(stride, size, offset):
     x = maps(2, *(-(-n // stride) for n in size), 3)
-    expected = [grid_oracles.upsample(each, stride, size) for each in x]
-    np.testing.assert_allclose(
-        jax.jit(grids.upsample, static_argnums=(1, 2))(x, stride, size), expected, atol=1e-6
-    )
+    expected = [grid_oracles.upsample(each, stride, size, offset) for each in x]
+    found = jax.jit(grids.upsample, static_argnums=(1, 2, 3))(x, stride, size, offset)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -74,3 +80,39 @@ def test_atrous_convolutions_keep_the_size():
         grids.atrous_convolution(maps(1, 4, 4, 1), np.ones((3, 3, 1, 1)), (2, 2))
     with pytest.raises(ValueError, match="and 'VALID'"):
         grids.atrous_convolution(maps(1, 4, 4, 1), np.ones((3, 3, 1, 1)), padding="VALID")
+
+
+@pytest.mark.parametrize("pool_size", [2, 3])
+def test_cells_lie_where_they_see_an_image_alike_on_both_sides(pool_size):
+    """What an image and its mirror image say of mirrored places agrees, if cells are where they are said to be."""
+    model = with_numbers(
+        lambda: VGG16FCN(2, pool_size=pool_size, width=2, hidden_channels=4, rngs=nnx.Rngs(0))
+    )
+    # All weights alike along both axes.
+    graph, state = nnx.split(model)
+    state = jax.tree.map(lambda a: (a + jnp.flip(a, (0, 1))) / 2 if a.ndim == 4 else a, state)
+    model = nnx.merge(graph, state)
+    # Of whole cells of the coarsest grid, and one more pixel where cells lie over every so many.
+    n = 128 + (pool_size == 3)
+    image = np.random.default_rng(1).uniform(0, 255, (n, n, 3)).astype(np.float32)
+    run = nnx.jit(lambda model, image: model(image))
+    found = np.asarray(run(model, image))
+    mirrored = np.asarray(run(model, image[::-1, ::-1]))[::-1, ::-1]
+    np.testing.assert_allclose(mirrored, found, rtol=1e-4, atol=1e-4 * np.abs(found).max())
+    assert np.abs(mirrored - np.roll(found, 1, 0)).max() > 1e-2 * np.ptp(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "offset"),
+    [
+        ("deeplab", 0.0),
+        ("h_renet", 3.5),
+        ("deep_parsing_network", 3.5),
+        ("n_renet", 0.5),
+        ("vgg16_fcn", 0.0),
+    ],
+)
+def test_cells_of_networks_are_where_their_pools_put_them(name, offset):
+    network = ModelConfig.of(name, 3).create_abstract()
+    network = getattr(network, "unary", network)
+    np.testing.assert_array_equal(network.places(20), offset + np.arange(0, 20, network.stride))

@@ -59,7 +59,7 @@ CONV67 = 9 * 512 * 1024 + 1024 + 9 * 1024 * 1024 + 1024
         ("h_renet", {"sources": ["pool5"]}, VGG + group_parameters(512, 120) + 240 * 21 + 21),
     ],
 )
-def test_parameters_are_counted_as_in_the_paper(name, options, count):
+def test_parameters_are_those_of_the_layers_of_the_paper(name, options, count):
     assert num_parameters(ModelConfig.of(name, 21, **options).create_abstract()) == count
 
 
@@ -80,8 +80,8 @@ def low():
     return with_numbers(lambda: HReNet(3, sources=("pool4",), **TINY, rngs=nnx.Rngs(0)))
 
 
-# The last cell lies over column 248, from which convolutions and pools reach back to 194.
-WIDE, REACH = (9, 250), 194
+# The last cell is columns 248 and 249 and would be those up to 255, from which convolutions reach back by 50.
+WIDE, REACH = (9, 250), 198
 
 
 def test_every_score_of_an_h_renet_depends_on_far_pixels_by_its_group(low):
@@ -108,30 +108,57 @@ def test_padding_never_reaches_what_a_mask_lets_through(low):
     assert np.abs(np.asarray(scores(low, changed, np.ones(WIDE, bool)))[:, :13] - expected).max() > 1e-3
 
 
-def test_a_padded_image_comes_out_of_an_n_renet_as_it_would_alone():
-    model = with_numbers(lambda: NReNet(3, width=3, multipliers=(1,), rngs=nnx.Rngs(0)))
-    image = images(5, 7)
-    padded = np.full((8, 12, 3), 99.0, np.float32)
-    padded[:5, :7] = image
-    mask = np.zeros((8, 12), bool)
-    mask[:5, :7] = True
-    run = nnx.jit(lambda model, *arguments: model.scores(*arguments))
-    np.testing.assert_allclose(run(model, padded, mask)[:3, :4], run(model, image), atol=1e-6)
+@pytest.mark.parametrize(
+    ("patch", "size"),
+    # Whole patches, broken ones, and images smaller than one.
+    [(2, (4, 8)), (2, (5, 7)), (4, (5, 2)), (4, (1, 3)), (3, (2, 1))],
+)
+def test_a_padded_image_comes_out_of_an_n_renet_as_it_would_alone(patch, size):
+    model = with_numbers(lambda: NReNet(3, width=3, multipliers=(1,), patch=patch, rngs=nnx.Rngs(0)))
+    height, width = size
+    image = images(*size)
+    # Of another one, the larger, in the same batch nothing is seen either.
+    padded, mask = np.full((2, 8, 12, 3), 99.0, np.float32), np.ones((2, 8, 12), bool)
+    padded[0, :height, :width] = image
+    mask[0] = False
+    mask[0, :height, :width] = True
+    run = nnx.jit(lambda model, *arguments: (model.scores(*arguments), model(*arguments)))
+    scores, logits = run(model, image)
+    found_scores, found = run(model, padded, mask)
+    rows, columns, _ = scores.shape
+    assert (rows, columns) == (-(-height // patch), -(-width // patch))
+    np.testing.assert_allclose(found_scores[0, :rows, :columns], scores, atol=1e-6)
+    # Up to the border, beyond which there are other cells.
+    np.testing.assert_allclose(found[0, :height, :width], logits, atol=1e-5)
+    np.testing.assert_allclose(found[1], run(model, padded[1])[1], atol=1e-5)
 
 
-def test_images_smaller_than_a_patch_are_mirrored():
-    model = with_numbers(lambda: NReNet(3, width=2, multipliers=(1,), patch=3, rngs=nnx.Rngs(0)))
+def test_images_smaller_than_a_patch_are_reflected():
+    model = with_numbers(lambda: NReNet(3, width=2, multipliers=(1,), patch=4, rngs=nnx.Rngs(0)))
     image, mask = images(2, 1), np.ones((2, 1), bool)
-    mirrored = np.stack([image[0], image[1], image[1]])[:, [0, 0, 0]]
+    reflected = image[[0, 1, 0, 1]][:, [0, 0, 0, 0]]
 
     @nnx.jit
-    def run(model, image, mask, mirrored):
-        return model.scores(image), model.scores(image, mask), model.scores(mirrored)
+    def run(model, image, mask, reflected):
+        return model.scores(image), model.scores(image, mask), model.scores(reflected)
 
-    found, masked, expected = run(model, image, mask, mirrored)
+    found, masked, expected = run(model, image, mask, reflected)
     assert found.shape == (1, 1, 3)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     np.testing.assert_allclose(masked, expected, atol=1e-6)
+
+
+def test_scores_of_an_h_renet_are_interpolated_within_the_image():
+    model = with_numbers(lambda: HReNet(3, cell=None, **TINY, rngs=nnx.Rngs(0)))
+    image, mask = images(24, 40), np.zeros((24, 40), bool)
+    # Its last row and column lie behind the centres of their cells.
+    mask[:14, :23] = True
+    scores, logits = nnx.jit(lambda model, *arguments: (model.scores(*arguments), model(*arguments)))(
+        model, image, mask
+    )
+    expected = model.upsample(scores[:2, :3], (14, 23))
+    np.testing.assert_allclose(logits[:14, :23], expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(model.upsample(scores, (24, 40))[:14, :23] - expected).max() > 1e-3
 
 
 def test_patches_are_interpolated_from_their_centres():
@@ -236,15 +263,25 @@ def test_what_is_not_an_option_is_named():
     def make(name="h_renet", **options):
         return ModelConfig.of(name, 3, **options).create_abstract()
 
-    for sources in ((), ("pool3",), ("pool4", "pool4")):
-        with pytest.raises(ValueError, match=r"sources: got .*; expected one or more of pool4, pool5, conv7"):
+    for sources in ((), ("pool3",), ("pool4", "pool4"), "conv7", None):
+        with pytest.raises(
+            ValueError, match=r"sources: got .*; expected .*one or more of pool4, pool5, conv7"
+        ):
             make(sources=sources)
-    for name, value in (("normalization", "layer"), ("l2_scale", 0.0), ("deviation", -0.1)):
+    for name, value in (
+        ("normalization", "layer"),
+        ("l2_scale", 0.0),
+        ("l2_scale", "big"),
+        ("deviation", -0.1),
+        ("dropout", 1.5),
+    ):
         with pytest.raises(ValueError, match=f"{name}: got {value!r}; expected"):
             make(**{name: value})
     for name in ("hidden_channels", "recurrent_channels", "rate"):
         with pytest.raises(ValueError, match=f"{name}: got 0; expected a whole number"):
-            make(**{name: 0})
+            make(**{name: 0}, sources=("pool4",))
+    with pytest.raises(ValueError, match="multipliers: got 2; expected a tuple"):
+        make("n_renet", multipliers=2)
     with pytest.raises(ValueError, match="multipliers: got none"):
         make("n_renet", multipliers=[])
     for name, value in (("multipliers", [1, 0]), ("patch", 0)):
@@ -260,7 +297,7 @@ def test_what_is_not_an_option_is_named():
 def test_what_does_not_fit_is_named():
     n_renet = with_numbers(lambda: NReNet(3, width=2, multipliers=(1,), rngs=nnx.Rngs(0)))
     h_renet = with_numbers(lambda: HReNet(3, sources=("pool4",), **TINY, rngs=nnx.Rngs(0)))
-    for mask in (np.ones((5, 6), bool), np.ones((5, 7))):
+    for mask in (np.ones((5, 6), bool), np.ones((5, 7)), np.ones(7, bool)):
         for model in (n_renet, h_renet):
             with pytest.raises(ValueError, match="mask: got "):
                 jax.eval_shape(model, images(5, 7), mask)
