@@ -13,6 +13,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from jaxcrf import _checks
+from jaxcrf_kernels._platform import by_platform
 from jaxcrf_kernels._varying import varying_like
 
 Cell = Literal["lstm", "gru", "irnn"]
@@ -81,6 +82,8 @@ def renet_init(
     for name, value in (("in_channels", in_channels), ("features", features)):
         if not _checks.is_whole(value) or value < 1:
             raise ValueError(f"{name}: got {value!r}; expected a whole number >= 1")
+    if _checks.is_concrete(scale) and not 0 <= scale < np.inf:
+        raise ValueError(f"scale: got {scale}; expected a finite number >= 0")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype: got {jnp.dtype(dtype)}; parameters are of a floating-point type")
     shapes = _shapes(kind, int(in_channels), int(features), patch)
@@ -114,7 +117,7 @@ def renet_layer(
     patch: tuple[int, int] = (1, 1),
     mask: Bool[Array, "*batch height width"] | None = None,
     chunk: int | None = None,
-    unroll: int = 1,
+    unroll: int | None = None,
     precision: Any = None,
 ) -> Float[Array, "*batch rows columns features"]:
     r"""Two recurrent networks sweep the patches of an image in opposite directions.
@@ -159,7 +162,8 @@ def renet_layer(
             forward pass keeps, of each patch, all pre-activations and states, `12 d` numbers for the LSTM, `10 d` for
             the GRU and `4 d` for the IRNN. Otherwise only states at every `chunk`-th step are kept, and `x`
             in both orders.
-        unroll: steps in one iteration of the loop.
+        unroll: steps in one iteration of the loop. None for what was fastest on CPUs: two where nothing is
+            differentiated, one where it is.
         precision: of matrix products, as in `jax.lax.dot`; None for the default of the device.
 
     Returns:
@@ -170,6 +174,7 @@ def renet_layer(
     Raises:
         ValueError: if an image is smaller than a patch, parameters, mask and images do not go together, concrete
             arrays hold NaN, or an option is unknown.
+        TypeError: if the parameters are not a dictionary.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxcrf
@@ -183,28 +188,54 @@ def renet_layer(
         Networks*, 2015; Graves, *Generating Sequences with Recurrent Neural Networks*, 2013 (LSTM, without
         peepholes here); Cho et al., 2014 (GRU; the reset gate acts after the product, as in cuDNN).
     """
-    kind = _cell(cell)
-    patch = _checked_patch(patch)
-    check_options(direction, chunk, unroll)
-    x = jnp.asarray(x)
+    x, options = jnp.asarray(x), _Options(direction, cell, patch, chunk, unroll, precision)
+    return _checked_layer(
+        params, x, mask, options, "params", f"renet_init(key, {_channels(x)}, features, {options})"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """Those of `renet_layer`."""
+
+    direction: Any
+    cell: Any
+    patch: Any
+    chunk: Any
+    unroll: Any
+    precision: Any
+
+    def __str__(self) -> str:
+        """What `renet_init` has to know of them."""
+        return f"cell={self.cell!r}, patch={self.patch}"
+
+
+def _checked_layer(params: Any, x: Array, mask: Any, options: _Options, name: str, maker: str) -> Array:
+    """`renet_layer` with parameters that errors call `name`, and of which they say that `maker` makes them."""
+    kind, patch = _cell(options.cell), _checked_patch(options.patch)
+    check_options(options.direction, options.chunk, options.unroll)
     _check_images(x, patch)
-    params = _checked_parameters(params, kind, x.shape[-1], patch, cell=cell)
+    arrays = _checked_parameters(params, kind, x.shape[-1], patch, cell=options.cell, name=name, maker=maker)
     mask = _checked_mask(mask, x, patch)
     _check_values(x, mask)
-    for name, value in params.items():
-        _checks.check_finite(f"params['{name}']", value)
-    dtype = functools.reduce(jnp.promote_types, (value.dtype for value in params.values()))
+    for key, value in arrays.items():
+        _checks.check_finite(f"{name}[{key!r}]", value)
+    dtype = functools.reduce(jnp.promote_types, (value.dtype for value in arrays.values()))
     if jnp.issubdtype(x.dtype, jnp.floating):
         dtype = jnp.promote_types(dtype, x.dtype)
     return _renet_layer(
-        {name: value.astype(dtype) for name, value in params.items()},
+        {key: value.astype(dtype) for key, value in arrays.items()},
         x.astype(dtype),
         mask,
-        vertical=direction == "vertical",
+        vertical=options.direction == "vertical",
         patch=patch,
-        chunk=chunk,
-        run=_Run(cell, unroll, precision, _project_by_step()),
+        chunk=options.chunk,
+        run=_Run(options.cell, options.unroll, options.precision),
     )
+
+
+def _channels(x: Array) -> Any:
+    return x.shape[-1] if x.ndim else "in_channels"
 
 
 def renet_group_init(
@@ -257,7 +288,7 @@ def renet_group(
     patch: tuple[int, int] = (1, 1),
     mask: Bool[Array, "*batch height width"] | None = None,
     chunk: int | None = None,
-    unroll: int = 1,
+    unroll: int | None = None,
     precision: Any = None,
 ) -> Float[Array, "*batch rows columns features"]:
     """A recurrent layer group: two ReNet layers, one across the other, that see the whole image.
@@ -293,17 +324,19 @@ def renet_group(
     References:
         Yan et al., 2016, §3: "recurrent layer group".
     """
-    if not isinstance(params, Mapping) or set(params) != {"first", "second"}:
-        got = ", ".join(map(repr, sorted(params))) if isinstance(params, Mapping) else type(params).__name__
-        raise ValueError(
-            f"params: got {got or 'an empty dictionary'}; expected the two layers of a group, 'first' and 'second', as "
-            "from jaxcrf.renet_group_init"
-        )
-    options: dict[str, Any] = {"cell": cell, "chunk": chunk, "unroll": unroll, "precision": precision}
-    y = renet_layer(params["first"], x, direction=direction, patch=patch, mask=mask, **options)
+    expected = "expected the two layers of a group, 'first' and 'second', as from jaxcrf.renet_group_init"
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params: got {type(params).__name__}; {expected}")
+    if set(params) != {"first", "second"}:
+        got = ", ".join(map(repr, sorted(params))) or "an empty dictionary"
+        raise ValueError(f"params: got {got}; {expected}")
+    x, options = jnp.asarray(x), _Options(direction, cell, patch, chunk, unroll, precision)
+    maker = f"renet_group_init(key, {_channels(x)}, features, {options})"
+    y = _checked_layer(params["first"], x, mask, options, "params['first']", maker)
     if mask is not None:
         mask = renet_mask(mask, patch)
-    return renet_layer(params["second"], y, direction=across(direction), mask=mask, **options)
+    options = dataclasses.replace(options, direction=across(direction), patch=(1, 1))
+    return _checked_layer(params["second"], y, mask, options, "params['second']", maker)
 
 
 def renet_mask(
@@ -419,9 +452,8 @@ class _Run:
     """How a sweep is made: static, and hashed."""
 
     cell: str
-    unroll: int
+    unroll: int | None
     precision: Any
-    project_by_step: bool
 
     @property
     def kind(self) -> _Kind:
@@ -432,15 +464,6 @@ class _Run:
         return jnp.einsum(
             equation, a, b, precision=self.precision, preferred_element_type=_accumulator(b.dtype)
         )
-
-
-def _project_by_step() -> bool:
-    """Whether to compute `W x + b` within the loop, or beforehand for all steps in one product.
-
-    A GPU's products are slow when small. On a CPU it is their results that cost, a quarter of the forward pass of large
-    batches, where they no longer fit into its caches.
-    """
-    return jax.default_backend() == "cpu"
 
 
 # Compiled here, so that calls outside any `jit` compile once per shape.
@@ -526,19 +549,39 @@ def _recur(
     Differentiated by autodiff, a loop would also keep everything between pre-activations and states, and add up the
     gradients of the weights step by step; here that is one product over all steps.
     """
-    state, (hidden,) = _forward(run, params, inputs, valid, state, lambda following, _: (following[0],))
+    operands = params, inputs, valid, state
+    state, (hidden,) = _forward(run, *operands, keep=lambda following, _: (following[0],), unroll=2)
     return state, hidden
 
 
 def _forward(
+    run: _Run, *operands: Any, keep: Callable[[State, Array], Any], unroll: int
+) -> tuple[State, Any]:
+    """The last state, and what is kept of all states and pre-activations; `unroll` unless it was asked for.
+
+    `W x + b` is computed within the loop, or beforehand for all steps in one product: a GPU's products are slow when
+    small. On a CPU it is their results that cost, a quarter of the forward pass of large batches, where they no longer
+    fit into its caches.
+    """
+    forward = functools.partial(_forward_steps, run, keep, run.unroll or unroll)
+    return by_platform(
+        *operands,
+        cpu=functools.partial(forward, project_by_step=True),
+        accelerator=functools.partial(forward, project_by_step=False),
+    )
+
+
+def _forward_steps(
     run: _Run,
+    keep: Callable[[State, Array], Any],
+    unroll: int,
     params: dict[str, Array],
     inputs: tuple[Array, Array],
     valid: Array | None,
     state: State,
-    keep: Callable[[State, Array], Any],
+    *,
+    project_by_step: bool,
 ) -> tuple[State, Any]:
-    """The last state, and what is kept of all states and pre-activations."""
     kernel, bias = params["recurrent_kernel"], params.get("recurrent_bias")
 
     def project(inputs: tuple[Array, Array]) -> Array:
@@ -548,7 +591,7 @@ def _forward(
 
     def step(state: State, arguments: Any) -> tuple[State, Any]:
         projected, valid = arguments
-        if run.project_by_step:
+        if project_by_step:
             projected = project(projected)
         recurrent = run.product("kmd,kdg->kmg", state[0].astype(kernel.dtype), kernel)
         activation = run.kind.combine(projected, recurrent, bias)
@@ -557,14 +600,15 @@ def _forward(
             following = tuple(jnp.where(valid, a, b) for a, b in zip(following, state, strict=True))
         return following, keep(following, activation)
 
-    beforehand = inputs if run.project_by_step else project(inputs)
-    return lax.scan(step, state, (beforehand, valid), unroll=run.unroll)
+    beforehand = inputs if project_by_step else project(inputs)
+    return lax.scan(step, state, (beforehand, valid), unroll=unroll)
 
 
 def _forward_for_backward(
     run: _Run, params: dict[str, Array], inputs: tuple[Array, Array], valid: Array | None, state: State
 ) -> tuple[tuple[State, Array], tuple[Any, ...]]:
-    last, (states, activations) = _forward(run, params, inputs, valid, state, lambda *kept: kept)
+    operands = params, inputs, valid, state
+    last, (states, activations) = _forward(run, *operands, keep=lambda *kept: kept, unroll=1)
     return (last, states[0]), (params, inputs, valid, state, states, activations)
 
 
@@ -592,7 +636,7 @@ def _backward(run: _Run, residuals: tuple[Any, ...], gradients: tuple[State, Arr
 
     last, arriving = gradients
     first, both = lax.scan(
-        step, last, (arriving, activations, before, valid), reverse=True, unroll=run.unroll
+        step, last, (arriving, activations, before, valid), reverse=True, unroll=run.unroll or 1
     )
     by_params, by_inputs = [], []
     for k, (x, found) in enumerate(zip(inputs, both, strict=True)):
@@ -748,8 +792,8 @@ def check_options(direction: Any, chunk: Any, unroll: Any) -> None:
         raise ValueError(f"direction: got {direction!r}; {_expected(direction, get_args(Direction))}")
     if chunk is not None and (not _checks.is_whole(chunk) or chunk < 1):
         raise ValueError(f"chunk: got {chunk!r}; expected a whole number of steps >= 1, or None")
-    if not _checks.is_whole(unroll) or unroll < 1:
-        raise ValueError(f"unroll: got {unroll!r}; expected a whole number of steps >= 1")
+    if unroll is not None and (not _checks.is_whole(unroll) or unroll < 1):
+        raise ValueError(f"unroll: got {unroll!r}; expected a whole number of steps >= 1, or None")
 
 
 def _shapes(
@@ -767,33 +811,33 @@ def _shapes(
 
 
 def _checked_parameters(
-    params: Any, kind: _Kind, in_channels: int, patch: tuple[int, int], *, cell: str
+    params: Any, kind: _Kind, in_channels: int, patch: tuple[int, int], *, cell: str, name: str, maker: str
 ) -> dict[str, Array]:
-    remedy = f"make them with jaxcrf.renet_init(key, {in_channels}, features, cell={cell!r}, patch={patch})"
+    remedy = f"make them with jaxcrf.{maker}"
     if not isinstance(params, Mapping):
-        raise TypeError(f"params: got {type(params).__name__}; expected a dictionary, {remedy}")
+        raise TypeError(f"{name}: got {type(params).__name__}; expected a dictionary, {remedy}")
     wanted = _shapes(kind, in_channels, 1, patch)
     if set(params) != set(wanted):
         raise ValueError(
-            f"params: got {', '.join(map(repr, sorted(params))) or 'an empty dictionary'}; cell={cell!r} has "
+            f"{name}: got {', '.join(map(repr, sorted(params))) or 'an empty dictionary'}; cell={cell!r} has "
             f"{', '.join(map(repr, wanted))}: {remedy}"
         )
-    arrays = {name: jnp.asarray(params[name]) for name in wanted}
+    arrays = {key: jnp.asarray(params[key]) for key in wanted}
     kernel = arrays["recurrent_kernel"]
     features = kernel.shape[1] if kernel.ndim == 3 else 0
     if features < 1:
         raise ValueError(
-            f"params['recurrent_kernel']: got shape {tuple(kernel.shape)}; expected (2, features, {kind.gates} · "
+            f"{name}['recurrent_kernel']: got shape {tuple(kernel.shape)}; expected (2, features, {kind.gates} · "
             f"features): {remedy}"
         )
-    for name, shape in _shapes(kind, in_channels, features, patch).items():
-        if arrays[name].shape != shape:
+    for key, shape in _shapes(kind, in_channels, features, patch).items():
+        if arrays[key].shape != shape:
             raise ValueError(
-                f"params[{name!r}]: got shape {tuple(arrays[name].shape)}; expected {shape} for cell={cell!r}, "
+                f"{name}[{key!r}]: got shape {tuple(arrays[key].shape)}; expected {shape} for cell={cell!r}, "
                 f"patch={patch}, {in_channels} channels and {features} features: {remedy}"
             )
-        if not jnp.issubdtype(arrays[name].dtype, jnp.floating):
+        if not jnp.issubdtype(arrays[key].dtype, jnp.floating):
             raise ValueError(
-                f"params[{name!r}]: got dtype {arrays[name].dtype}; expected floating-point numbers"
+                f"{name}[{key!r}]: got dtype {arrays[key].dtype}; expected floating-point numbers"
             )
     return arrays

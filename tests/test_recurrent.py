@@ -272,9 +272,14 @@ def test_what_devices_do_differently_gives_the_same(cell, monkeypatch):
 
         return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
 
+    def accelerated(*operands, cpu, accelerator):
+        return accelerator(*operands)
+
     expected = gradients()
-    monkeypatch.setattr("jaxcrf.recurrent._project_by_step", lambda: False)
+    monkeypatch.setattr("jaxcrf.recurrent.by_platform", accelerated)
+    jax.clear_caches()
     found = gradients()
+    jax.clear_caches()
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
 
@@ -454,6 +459,15 @@ def test_bad_input_of_the_other_functions():
         jaxcrf.renet_layer([], x)
     with pytest.raises(ValueError, match=r"params: got 'bias', .*; expected the two layers of a group"):
         jaxcrf.renet_group(params, x)
+    with pytest.raises(TypeError, match="params: got list; expected the two layers of a group"):
+        jaxcrf.renet_group([], x)
+    group = {"first": parameters(), "second": parameters()}
+    with pytest.raises(
+        ValueError,
+        match=r"params\['second'\]\['input_kernel'\]: got shape \(2, 2, 12\); expected \(2, 6, 12\) .*"
+        r"jaxcrf.renet_group_init\(key, 2, features, cell='lstm', patch=\(1, 1\)\)",
+    ):
+        jaxcrf.renet_group(group, images(2, 4, 5))
     with pytest.raises(ValueError, match=r"mask: got shape \(3,\), dtype float"):
         jaxcrf.renet_mask(np.ones(3), (1, 1))
     with pytest.raises(ValueError, match="cell: got 'gru2'; did you mean 'gru'"):
@@ -461,5 +475,7 @@ def test_bad_input_of_the_other_functions():
     for name in ("in_channels", "features"):
         with pytest.raises(ValueError, match=f"{name}: got 0; expected a whole number >= 1"):
             jaxcrf.renet_init(jax.random.key(0), **{"in_channels": 3, "features": 4, name: 0})
+    with pytest.raises(ValueError, match="scale: got nan; expected a finite number >= 0"):
+        jaxcrf.renet_init(jax.random.key(0), 3, 4, scale=np.nan)
     with pytest.raises(ValueError, match="dtype: got int32"):
         jaxcrf.renet_init(jax.random.key(0), 3, 4, dtype=jnp.int32)

@@ -53,6 +53,36 @@ print("eight devices agree")
 """
 
 
+RECURRENT = """
+import jax, jax.numpy as jnp, numpy as np
+import jaxcrf
+from jax.sharding import Mesh, PartitionSpec as P
+
+mesh = Mesh(np.array(jax.devices()), ("data",))
+rng = np.random.default_rng(0)
+params = jaxcrf.renet_group_init(jax.random.key(0), 2, 3, scale=0.7, patch=(2, 1))
+x = rng.normal(size=(4, 5, 6, 2)).astype(np.float32)
+mask = np.ones((4, 5, 6), bool)
+mask[1, 4:] = mask[2, :, 3:] = False
+
+def values(params, x, mask):
+    y = jaxcrf.renet_group(params, x, mask=mask, patch=(2, 1), chunk=2)
+    return jnp.sum(y**2, (-3, -2, -1))
+
+split = jax.shard_map(values, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P("data"))
+for f in (values, split):
+    def total(params, x, f=f):
+        found = f(params, x, mask)
+        return found.sum(), found
+    found = jax.jit(jax.grad(total, (0, 1), has_aux=True))(params, x)
+    if f is values:
+        expected = found
+for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+print("recurrent layers agree")
+"""
+
+
 FULLY_CONNECTED = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
@@ -311,6 +341,11 @@ print("refine on eight devices")
 @pytest.mark.slow
 def test_a_sharded_batch_is_a_loop(tmp_path):
     assert last_line(run_program(PROGRAM, tmp_path, devices=8)) == "eight devices agree"
+
+
+def test_recurrent_layers_of_a_sharded_batch_are_those_of_the_batch(tmp_path):
+    quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    assert last_line(run_program(RECURRENT, tmp_path, devices=2, **quickly)) == "recurrent layers agree"
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ class ReNet(nnx.Module):
         cell: "lstm", "gru" or "irnn".
         patch: `(s, t)`, height and width of a patch in pixels.
         chunk: how many steps of the sweep to recompute at a time in the backward pass; None for none.
-        unroll: steps in one iteration of the loop.
+        unroll: steps in one iteration of the loop; None for what was fastest, see `jaxcrf.renet_layer`.
         precision: of matrix products, as in `jax.lax.dot`.
         dtype: of its products; None for that of its inputs and parameters. States are at least float32 in any case.
         rngs: where its parameters come from: uniform over [-0.2, 0.2], for the IRNN as `jaxcrf.renet_init` says.
@@ -50,7 +50,7 @@ class ReNet(nnx.Module):
         cell: Cell = "lstm",
         patch: tuple[int, int] = (1, 1),
         chunk: int | None = None,
-        unroll: int = 1,
+        unroll: int | None = None,
         precision: Any = None,
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -139,7 +139,7 @@ class ReNetGroup(nnx.Module):
         cell: Cell = "lstm",
         patch: tuple[int, int] = (1, 1),
         chunk: int | None = None,
-        unroll: int = 1,
+        unroll: int | None = None,
         precision: Any = None,
         dtype: Any = None,
         rngs: nnx.Rngs,
