@@ -143,21 +143,13 @@ def experiment(setting: Setting, splits: Splits, name: str, seed: int) -> Experi
 def feature_map_figure(run: MaskedPredictor, image: np.ndarray) -> Figure:
     """Fig. 2: beside the image the first maps of the first layer, beside the prediction those of the last one."""
     maps = run.feature_maps(image)
-    first, last = "renet1_vertical", f"renet{len(maps) // 2}_horizontal"
     # The image's part of maps that are padded as it was.
     step = run.reduction * run.network.stride
     height, width = (-(-n // step) for n in image.shape[:2])
-    columns: dict[str, list[Any]] = {"image, prediction": [image, run(image).argmax(-1)]}
-    for k in range(min(SHOWN_MAPS, maps[first].shape[-1])):
-        columns[f"map {k + 1}"] = [grey(maps[name][:height, :width, k]) for name in (first, last)]
-    return plots.segmentation_grid(columns, panel_width=2.4)
-
-
-def grey(values: np.ndarray) -> np.ndarray:
-    """A map as a picture, its smallest value black and its largest white."""
-    low, high = values.min(), values.max()
-    shares = (values - low) / max(high - low, np.finfo(np.float32).tiny)
-    return np.repeat((255 * shares).round().astype(np.uint8)[..., None], 3, -1)
+    shown = {
+        name: maps[name][:height, :width] for name in ("renet1_vertical", f"renet{len(maps) // 2}_horizontal")
+    }
+    return plots.feature_maps(shown, {"image, prediction": [image, run(image).argmax(-1)]}, count=SHOWN_MAPS)
 
 
 def markdown(rows: dict[str, Any]) -> str:

@@ -100,6 +100,41 @@ def test_legends_stay_inside_the_figure_and_off_the_panels(count):
     assert legend.y1 <= min(axes.get_window_extent().y0 for axes in figure.axes)
 
 
+def test_feature_maps_are_stretched_channel_by_channel():
+    maps = np.zeros((2, 3, 5))
+    maps[..., 0] = [[1, 1, 1], [1, 1, 2]]
+    maps[..., 1] = [[-30, -30, -30], [0, 0, 0]]
+    figure = plots.feature_maps(
+        {"first": maps, "second": 7 - 1e-3 * maps}, {"image": [GRAY, LABELS]}, count=3
+    )
+    shown = [axes.images[0].get_array() for axes in figure.axes]
+    assert [axes.get_title() for axes in figure.axes] == ["image", "map 1", "map 2", "map 3"] + 4 * [""]
+    np.testing.assert_array_equal(shown[0], GRAY)
+    for k, levels in (
+        (1, [[0, 0, 0], [0, 0, 255]]),
+        (2, [[0, 0, 0], [255, 255, 255]]),
+        (3, np.zeros((2, 3))),
+    ):
+        np.testing.assert_array_equal(shown[k], np.repeat(np.array(levels)[..., None], 3, -1))
+        if k < 3:
+            np.testing.assert_array_equal(shown[4 + k], 255 - shown[k])
+    assert len(plots.feature_maps({"narrow": maps[..., :2]}).axes) == 2
+
+
+def test_feature_maps_refuse_bad_input():
+    maps = np.zeros((2, 3, 5))
+    with pytest.raises(ValueError, match="maps: got none"):
+        plots.feature_maps({})
+    with pytest.raises(ValueError, match="count: got 0"):
+        plots.feature_maps({"a": maps}, count=0)
+    with pytest.raises(ValueError, match=r"maps\['a'\]: got shape \(1, 2, 3, 5\)"):
+        plots.feature_maps({"a": maps[None]})
+    with pytest.raises(ValueError, match=r"maps\['a'\]: holds NaN"):
+        plots.feature_maps({"a": np.nan * maps})
+    with pytest.raises(ValueError, match="columns: got different numbers of rows"):
+        plots.feature_maps({"a": maps}, {"image": [GRAY, GRAY]})
+
+
 def test_segmentation_grid_refuses_bad_input():
     with pytest.raises(ValueError, match=r"columns: got \{\}"):
         plots.segmentation_grid({})

@@ -14,6 +14,7 @@ from jaxcrf.plots.pictures import DIFFERENCE_COLORS as DIFFERENCE_COLORS
 from jaxcrf.plots.pictures import SHOWN_IN_FULL as SHOWN_IN_FULL
 from jaxcrf.plots.pictures import affinity as affinity
 from jaxcrf.plots.pictures import difference as difference
+from jaxcrf.plots.pictures import feature_maps as feature_maps
 from jaxcrf.plots.pictures import label_contexts as label_contexts
 from jaxcrf.plots.pictures import overlay as overlay
 from jaxcrf.plots.pictures import refinement_figure as refinement_figure

@@ -160,6 +160,68 @@ def segmentation_grid(
     return figure
 
 
+def feature_maps(
+    maps: Mapping[str, Num[Array | np.ndarray, "height width channels"]],
+    beside: Mapping[str, Any] | None = None,
+    *,
+    count: int = 4,
+    palette: UInt8[np.ndarray, "colors 3"] | None = None,
+    panel_width: float = 2.4,
+) -> Figure:
+    """Shows the first channels of feature maps, a row for each map.
+
+    Every channel has a scale of its own, its smallest value black and its largest white.
+
+    Args:
+        maps: name → maps of one image, `[H, W, channels]`, as the `feature_maps` of recurrent networks without their
+            batch axis.
+        beside: title → a picture for every row, as in `segmentation_grid`; left of the maps.
+        count: how many channels.
+        palette: of label maps in `beside`, as in `segmentation_grid`.
+        panel_width: the width of one picture in inches.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: if there is no map, one is not `[H, W, channels]` or not finite, `count` is less than 1, or a
+            column of `beside` has not as many pictures as there are maps.
+
+    Example:
+        >>> maps = {"renet1_vertical": np.random.rand(4, 6, 3), "renet1_horizontal": np.random.rand(4, 6, 3)}
+        >>> figure = feature_maps(maps, count=2)
+        >>> [axes.get_title() for axes in figure.axes]
+        ['map 1', 'map 2', '', '']
+
+    References:
+        Yan et al., *Combining the Best of Convolutional Layers and Recurrent Layers: A Hybrid Network for Semantic
+        Segmentation*, 2016, fig. 2.
+    """
+    if not maps:
+        raise ValueError("maps: got none; expected at least one, name → [height, width, channels]")
+    if count < 1:
+        raise ValueError(f"count: got {count}; expected at least 1")
+    arrays = {name: np.asarray(value, np.float64) for name, value in maps.items()}
+    for name, values in arrays.items():
+        if values.ndim != 3 or 0 in values.shape:
+            raise ValueError(
+                f"maps[{name!r}]: got shape {values.shape}; expected [height, width, channels], of one image"
+            )
+        if not np.isfinite(values).all():
+            raise ValueError(f"maps[{name!r}]: holds NaN or infinite values")
+    columns: dict[str, Any] = dict(beside or {})
+    for k in range(min(count, *(values.shape[-1] for values in arrays.values()))):
+        columns[f"map {k + 1}"] = [_stretched(values[..., k]) for values in arrays.values()]
+    return segmentation_grid(columns, palette=palette, panel_width=panel_width)
+
+
+def _stretched(values: np.ndarray) -> np.ndarray:
+    """As a picture in grey, from black to white."""
+    low, high = values.min(), values.max()
+    shares = (values - low) / max(high - low, np.finfo(np.float32).tiny)
+    return np.repeat((255 * shares).round().astype(np.uint8)[..., None], 3, -1)
+
+
 def difference(
     truth: Int[Array | np.ndarray, "height width"],
     before: Int[Array | np.ndarray, "height width"],
