@@ -14,8 +14,6 @@ from jaxcrf.filters import Dense
 from jaxcrf_kernels import pair_message
 from oracles import gaussian_matrix
 
-pytestmark = pytest.mark.optimized
-
 
 def features(*shape, seed=0, spread=0.7):
     return (spread * np.random.default_rng(seed).normal(size=shape)).astype(np.float32)

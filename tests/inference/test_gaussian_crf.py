@@ -12,8 +12,6 @@ import jaxcrf
 from jaxcrf.inference.gaussian_crf import choose_solver, extreme_eigenvalues, solve_iteratively
 from solver_suite import LABELS, SHAPE, SolverSuite, System, assert_close, relative_error
 
-pytestmark = pytest.mark.optimized
-
 D = 4
 
 

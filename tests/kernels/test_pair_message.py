@@ -16,8 +16,6 @@ from jaxcrf_kernels.pair_message.cases import CASES, Case, Operands, operands
 from jaxcrf_kernels.window_message import window_message
 from message_suite import MESSAGES, assert_within_rounding
 
-pytestmark = pytest.mark.optimized
-
 BY_NAME = {case.name: case for case in CASES}
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 MESSAGE = MESSAGES["pair_message"]
@@ -30,6 +28,7 @@ assert_value = MESSAGE.assert_value
 assert_gradients = MESSAGE.assert_gradients
 
 
+@pytest.mark.optimized
 @every_implementation
 @every_case
 def test_value_and_gradients_are_the_float64_sums(case, implementation):

@@ -13,8 +13,6 @@ from jaxcrf_kernels.window_message import IMPLEMENTATIONS, api, reference, selec
 from jaxcrf_kernels.window_message.cases import CASES, Case, Operands, operands
 from message_suite import MESSAGES
 
-pytestmark = pytest.mark.optimized
-
 BY_NAME = {case.name: case for case in CASES}
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 MESSAGE = MESSAGES["window_message"]
@@ -27,6 +25,7 @@ assert_value = MESSAGE.assert_value
 assert_gradients = MESSAGE.assert_gradients
 
 
+@pytest.mark.optimized
 @every_implementation
 @every_case
 def test_value_and_gradients_are_the_float64_sums(case, implementation):
