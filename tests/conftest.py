@@ -1,6 +1,5 @@
 """Shared by all tests: cases of the suites, and folders that are given from outside."""
 
-import contextlib
 import os
 from pathlib import Path
 
@@ -8,12 +7,11 @@ import jax
 import pytest
 from jax._src import compiler
 
+import quickly
+
 # Whether the environment asks for it everywhere.
 ALWAYS_QUICKLY = bool(jax.config.values["jax_disable_most_optimizations"])
 OPTIMIZED_MODULES = pytest.StashKey[set]()
-# What programs that are compiled quickly are compiled with besides: emitters whose code LLVM is done with in half the
-# time, and one piece of work instead of many small ones.
-QUICK_OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 
 
 def pytest_collection_modifyitems(config, items):
@@ -36,16 +34,11 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_options():
-    """Those of the options above that this version of XLA has, for all programs compiled quickly.
+    """Those of `quickly` for all programs without optimisations.
 
     JAX has no setting for options of all programs, and XLA_FLAGS would be those of optimised ones too.
     """
-    known = {}
-    for name, value in QUICK_OPTIONS.items():
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
-            known[name] = value
-    of_jax = compiler.get_compile_options
+    known, of_jax = quickly.options(), compiler.get_compile_options
 
     def get_compile_options(*args, env_options_overrides=None, **kwargs):
         options = known if jax.config.values["jax_disable_most_optimizations"] else {}

@@ -3,16 +3,22 @@
 import subprocess
 import sys
 
+from quickly import flags
 
-def run_program(program, home, *arguments, devices=1, **environment):
+
+def run_program(program, home, *arguments, devices=1, quickly=False, **environment):
     """Runs a program's text on so many host devices, in an environment of its own; its outcome, unchecked."""
+    xla = [f"--xla_force_host_platform_device_count={devices}"]
+    if quickly:
+        environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | environment
+        xla += flags()
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
         capture_output=True,
         text=True,
         check=False,
         env={
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": " ".join(xla),
             "JAX_PLATFORMS": "cpu",
             "PATH": "",
             "HOME": str(home),

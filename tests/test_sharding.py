@@ -340,23 +340,24 @@ print("refine on eight devices")
 
 @pytest.mark.slow
 def test_a_sharded_batch_is_a_loop(tmp_path):
-    assert last_line(run_program(PROGRAM, tmp_path, devices=8)) == "eight devices agree"
+    assert last_line(run_program(PROGRAM, tmp_path, devices=8, quickly=True)) == "eight devices agree"
 
 
 def test_recurrent_layers_of_a_sharded_batch_are_those_of_the_batch(tmp_path):
-    quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    assert last_line(run_program(RECURRENT, tmp_path, devices=2, **quickly)) == "recurrent layers agree"
+    assert last_line(run_program(RECURRENT, tmp_path, devices=2, quickly=True)) == "recurrent layers agree"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "lattice", "landmark"])
 def test_fully_connected_filters_are_split_too(kind, tmp_path):
-    assert last_line(run_program(FULLY_CONNECTED, tmp_path, kind, devices=2)) == "both devices agree"
+    assert (
+        last_line(run_program(FULLY_CONNECTED, tmp_path, kind, devices=2, quickly=True))
+        == "both devices agree"
+    )
 
 
 def test_an_image_is_refined_on_eight_devices_by_moving_rows_alone(tmp_path):
-    quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    assert last_line(run_program(QUICKLY, tmp_path, devices=8, **quickly)) == "one image on eight devices"
+    assert last_line(run_program(QUICKLY, tmp_path, devices=8, quickly=True)) == "one image on eight devices"
 
 
 @pytest.mark.slow
@@ -376,20 +377,22 @@ def test_an_image_is_refined_on_eight_devices_by_moving_rows_alone(tmp_path):
     ],
 )
 def test_a_window_over_a_split_image_is_the_whole_one(case, tmp_path):
-    quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     assert (
-        last_line(run_program(WINDOWS, tmp_path, case, devices=8, **quickly)) == "one window on eight devices"
+        last_line(run_program(WINDOWS, tmp_path, case, devices=8, quickly=True))
+        == "one window on eight devices"
     )
 
 
 @pytest.mark.slow
 def test_mean_field_over_a_split_image_is_that_over_the_whole_one(tmp_path):
-    assert last_line(run_program(MEAN_FIELD, tmp_path, devices=8)) == "mean field on eight devices"
+    assert (
+        last_line(run_program(MEAN_FIELD, tmp_path, devices=8, quickly=True)) == "mean field on eight devices"
+    )
 
 
 @pytest.mark.slow
 def test_refine_takes_splits_of_all_forms(tmp_path):
-    assert last_line(run_program(REFINE, tmp_path, devices=8)) == "refine on eight devices"
+    assert last_line(run_program(REFINE, tmp_path, devices=8, quickly=True)) == "refine on eight devices"
 
 
 class TestOnOneDevice:
