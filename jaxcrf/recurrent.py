@@ -129,7 +129,8 @@ def renet_layer(
     .. math::
         h^F_k = F(x_k, h^F_{k-1}) , \qquad h^B_k = B(x_k, h^B_{k+1}) , \qquad y_k = [h^F_k, h^B_k] .
 
-    States begin with zeros. With `p = W x_k + b`, `σ` the logistic function, `⊙` the product by elements, `h` the
+    (The paper's text puts the memories `C^F` and `C^B` together; LSTMs put out `h`, and so do the other tools.) States
+    begin with zeros. With `p = W x_k + b`, `σ` the logistic function, `⊙` the product by elements, `h` the
     state before and `p_i`, `U_i`, … the parts of a gate, a cell is one of
 
     .. math::

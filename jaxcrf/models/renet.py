@@ -172,6 +172,7 @@ class HReNet(RecurrentNetwork):
 
     The fully convolutional network below it, with `cell=None` the whole network, is VGG-16 by the hole algorithm,
     `conv6`, 3 × 3 taps 12 cells apart, and `conv7`, 3 × 3. (DeepLab-LargeFOV has pools of 3 × 3, and 1 × 1 taps there.)
+    It sees 428 × 428 pixels, which is what the paper's Table 2 amounts to; its text says 604 × 604.
     Its `conv8`, a 1 × 1 convolution to scores, is `classifier` here; the group comes before it.
 
     With several `sources`, the paper's multi-layer feature combination, their maps are concatenated. A
