@@ -92,8 +92,8 @@ def meaning(compat):
     [
         pytest.param(2.0, 3.0, marks=pytest.mark.exhaustive),
         (-1.0, 0.0),
-        (np.array([-1.0, 0.5, -2.0]), 1),
-        (0.5, MATRIX),
+        pytest.param(np.array([-1.0, 0.5, -2.0]), 1, marks=pytest.mark.exhaustive),
+        pytest.param(0.5, MATRIX, marks=pytest.mark.exhaustive),
         (MATRIX.tolist(), [1, 2, -1]),
     ],
 )

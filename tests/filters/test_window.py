@@ -31,11 +31,13 @@ def bank(shape, filter_size, *, batch=(), channels=3, blur=1, kind="none"):
 class TestWindow(FilterSuite):
     FURTHER_CASES: ClassVar = (
         "smoothness",
+        "bank, batch",
         "bank, rectangular window",
         "bank, before",
         "blur 3, cut cells",
         "blur 4, larger than the image",
         "volume",
+        "volume, blur 2",
         "one row",
         "window larger than the image",
     )

@@ -14,6 +14,7 @@ PLAIN = {"regularization": 0.0}
 
 
 class TestFrankWolfe(InferenceSuite):
+    FURTHER_CASES = ("quadratic", "fixed")
     CASES = {  # noqa: RUF012
         name: {"algorithm": "frank_wolfe"} | options
         for name, options in {

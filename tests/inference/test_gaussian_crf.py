@@ -36,6 +36,7 @@ def dense(kind, e, labels, regularization):
 
 
 class TestGaussianCRF(SolverSuite):
+    FURTHER_CASES: ClassVar = ("cg, general", "direct, potts")
     CASES: ClassVar = {
         f"{solver}, {kind}": {"solver": solver, "kind": kind}
         for solver in ("cg", "direct")

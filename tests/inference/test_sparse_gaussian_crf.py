@@ -102,13 +102,13 @@ every_kind = pytest.mark.parametrize("kind", ["general", "potts"])
 @pytest.mark.parametrize(
     ("kind", "connectivity", "spatial"),
     [
-        ("potts", 4, (5, 8)),
+        pytest.param("potts", 4, (5, 8), marks=pytest.mark.exhaustive),
         ("potts", 8, (8, 5)),
-        ("potts", 12, (5, 8)),
+        pytest.param("potts", 12, (5, 8), marks=pytest.mark.exhaustive),
         ("potts", 12, (1, 6)),
         ("centered", 8, (5, 8)),
         ("general", 4, (7, 1)),
-        ("general", 8, (5, 8)),
+        pytest.param("general", 8, (5, 8), marks=pytest.mark.exhaustive),
         ("general", 12, (8, 5)),
     ],
     ids=str,
