@@ -338,6 +338,10 @@ print("refine on eight devices")
 )
 
 
+def exhaustive(case):
+    return pytest.param(case, marks=pytest.mark.exhaustive)
+
+
 @pytest.mark.slow
 def test_a_sharded_batch_is_a_loop(tmp_path):
     assert last_line(run_program(PROGRAM, tmp_path, devices=8, quickly=True)) == "eight devices agree"
@@ -364,15 +368,15 @@ def test_an_image_is_refined_on_eight_devices_by_moving_rows_alone(tmp_path):
 @pytest.mark.parametrize(
     "case",
     [
-        "rows",
+        exhaustive("rows"),
         "both",
         "halos of several blocks",
-        "fewer rows than devices",
+        exhaustive("fewer rows than devices"),
         "one axis over two of the mesh",
-        "a mesh axis to spare",
-        "batch and rows",
+        exhaustive("a mesh axis to spare"),
+        exhaustive("batch and rows"),
         "uneven batch and columns",
-        "batch only",
+        exhaustive("batch only"),
         "volume",
     ],
 )
