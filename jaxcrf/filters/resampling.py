@@ -70,23 +70,36 @@ def bilinear_upsample(x: Array, blur: int, spatial: Sequence[int]) -> Array:
 
     Cells behind the last that has pixels (see `average_pool`) have no part in it.
     """
-    # One axis after the other as `blur` phases, each a fixed blend of a cell and one neighbour: five times
-    # faster on a CPU than jax.image.resize, whose weights are a matrix.
     for axis, n in enumerate(spatial, start=x.ndim - 1 - len(spatial)):
         count, front = cells(n, blur)
-        index = lax.broadcasted_iota(jnp.int32, x.shape, axis)
-        # The border is repeated.
-        before = jnp.where(index == 0, x, shift(x, axis, -1))
-        after = jnp.where(index == count - 1, x, shift(x, axis, 1))
-        phases = []
-        for position in _phase_positions(blur):
-            neighbour = before if position < 0 else after
-            phases.append((1 - abs(position)) * x + abs(position) * neighbour)
-        grid = x.shape[axis]
-        x = jnp.stack(phases, axis=axis + 1)
-        x = x.reshape(*x.shape[:axis], grid * blur, *x.shape[axis + 2 :])
+        x = interpolate_cells(x, axis, _phase_positions(blur), count)
         x = lax.slice_in_dim(x, front, front + n, axis=axis)
     return x
+
+
+def interpolate_cells(x: Array, axis: int, positions: Sequence[float], count: int) -> Array:
+    """Every cell along an axis as `len(positions)` pixels, each a linear blend of it and a neighbour.
+
+    Args:
+        x: the maps.
+        axis: the axis.
+        positions: where the pixels of a cell lie relative to where the cell does, in cells, between -1 and 1.
+        count: of how many cells the last is repeated, as the first is; what lies behind has no part in them.
+
+    Returns:
+        The maps with `len(positions)` times as many entries along the axis.
+    """
+    # As phases, each a fixed blend: five times faster on a CPU than jax.image.resize, whose weights are a matrix.
+    index = lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    # The border is repeated.
+    before = jnp.where(index == 0, x, shift(x, axis, -1))
+    after = jnp.where(index == count - 1, x, shift(x, axis, 1))
+    phases = []
+    for position in positions:
+        neighbour = before if position < 0 else after
+        phases.append((1 - abs(position)) * x + abs(position) * neighbour)
+    shape = (*x.shape[:axis], x.shape[axis] * len(phases), *x.shape[axis + 1 :])
+    return jnp.stack(phases, axis=axis + 1).reshape(shape)
 
 
 def repeat_cells(x: Array, blur: int, spatial: Sequence[int]) -> Array:

@@ -14,6 +14,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
+from jaxcrf.filters.resampling import interpolate_cells
+
 
 def upsample(
     x: Float[Array, "*batch rows columns channels"], stride: int, size: Sequence[int], offset: float = 0.0
@@ -47,14 +49,7 @@ def upsample(
             )
         if stride == 1:
             continue
-        # As `s` phases, each a fixed blend of a cell and a neighbour: no gathers, and gradients as cheap.
-        first, last = (lax.slice_in_dim(x, k, k + 1, axis=axis) for k in (0, cells - 1))
-        before = jnp.concatenate([first, lax.slice_in_dim(x, 0, cells - 1, axis=axis)], axis)
-        following = jnp.concatenate([lax.slice_in_dim(x, 1, cells, axis=axis), last], axis)
-        shares = [(k - offset) / stride for k in range(stride)]
-        phases = [(1 - abs(t)) * x + abs(t) * (before if t < 0 else following) for t in shares]
-        x = jnp.stack(phases, axis=axis + 1)
-        x = x.reshape(*x.shape[:axis], cells * stride, *x.shape[axis + 2 :])
+        x = interpolate_cells(x, axis, [(k - offset) / stride for k in range(stride)], cells)
         x = lax.slice_in_dim(x, 0, n, axis=axis)
     return x
 
