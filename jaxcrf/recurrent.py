@@ -189,34 +189,31 @@ def renet_layer(
         Networks*, 2015; Graves, *Generating Sequences with Recurrent Neural Networks*, 2013 (LSTM, without
         peepholes here); Cho et al., 2014 (GRU; the reset gate acts after the product, as in cuDNN).
     """
-    x, options = jnp.asarray(x), _Options(direction, cell, patch, chunk, unroll, precision)
-    return _checked_layer(
-        params, x, mask, options, "params", f"renet_init(key, {_channels(x)}, features, {options})"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    """Those of `renet_layer`."""
-
-    direction: Any
-    cell: Any
-    patch: Any
-    chunk: Any
-    unroll: Any
-    precision: Any
-
-    def __str__(self) -> str:
-        """What `renet_init` has to know of them."""
-        return f"cell={self.cell!r}, patch={self.patch}"
-
-
-def _checked_layer(params: Any, x: Array, mask: Any, options: _Options, name: str, maker: str) -> Array:
-    """`renet_layer` with parameters that errors call `name`, and of which they say that `maker` makes them."""
-    kind, patch = _cell(options.cell), _checked_patch(options.patch)
-    check_options(options.direction, options.chunk, options.unroll)
+    x, patch = jnp.asarray(x), _checked_patch(patch)
     _check_images(x, patch)
-    arrays = _checked_parameters(params, kind, x.shape[-1], patch, cell=options.cell, name=name, maker=maker)
+    maker = f"renet_init(key, {x.shape[-1]}, features, cell={cell!r}, patch={patch})"
+    options: dict[str, Any] = {"cell": cell, "chunk": chunk, "unroll": unroll, "precision": precision}
+    return _checked_layer(params, x, mask, "params", maker, direction=direction, patch=patch, **options)
+
+
+def _checked_layer(
+    params: Any,
+    x: Array,
+    mask: Any,
+    name: str,
+    maker: str,
+    *,
+    direction: Any,
+    cell: Any,
+    patch: tuple[int, int],
+    chunk: Any,
+    unroll: Any,
+    precision: Any,
+) -> Array:
+    """`renet_layer` with parameters that errors call `name`, and of which they say that `maker` makes them."""
+    kind = _cell(cell)
+    check_options(direction, chunk, unroll)
+    arrays = _checked_parameters(params, kind, x.shape[-1], patch, cell=cell, name=name, maker=maker)
     mask = _checked_mask(mask, x, patch)
     _check_values(x, mask)
     for key, value in arrays.items():
@@ -228,15 +225,11 @@ def _checked_layer(params: Any, x: Array, mask: Any, options: _Options, name: st
         {key: value.astype(dtype) for key, value in arrays.items()},
         x.astype(dtype),
         mask,
-        vertical=options.direction == "vertical",
+        vertical=direction == "vertical",
         patch=patch,
-        chunk=options.chunk,
-        run=_Run(options.cell, options.unroll, options.precision),
+        chunk=chunk,
+        run=_Run(cell, unroll, precision),
     )
-
-
-def _channels(x: Array) -> Any:
-    return x.shape[-1] if x.ndim else "in_channels"
 
 
 def renet_group_init(
@@ -331,13 +324,17 @@ def renet_group(
     if set(params) != {"first", "second"}:
         got = ", ".join(map(repr, sorted(params))) or "an empty dictionary"
         raise ValueError(f"params: got {got}; {expected}")
-    x, options = jnp.asarray(x), _Options(direction, cell, patch, chunk, unroll, precision)
-    maker = f"renet_group_init(key, {_channels(x)}, features, {options})"
-    y = _checked_layer(params["first"], x, mask, options, "params['first']", maker)
+    x, patch = jnp.asarray(x), _checked_patch(patch)
+    _check_images(x, patch)
+    maker = f"renet_group_init(key, {x.shape[-1]}, features, cell={cell!r}, patch={patch})"
+    options: dict[str, Any] = {"cell": cell, "chunk": chunk, "unroll": unroll, "precision": precision}
+    first, second = "params['first']", "params['second']"
+    y = _checked_layer(params["first"], x, mask, first, maker, direction=direction, patch=patch, **options)
     if mask is not None:
         mask = renet_mask(mask, patch)
-    options = dataclasses.replace(options, direction=across(direction), patch=(1, 1))
-    return _checked_layer(params["second"], y, mask, options, "params['second']", maker)
+    return _checked_layer(
+        params["second"], y, mask, second, maker, direction=across(direction), patch=(1, 1), **options
+    )
 
 
 def renet_mask(

@@ -56,14 +56,16 @@ class RecurrentNetwork(Network):
         if cells is not None:
             # Beyond the last row and column of an image, these again.
             for axis in (-2, -1):
-                count = cells.any(-3 - axis).sum(-1, keepdims=True)
-                nearest = jnp.clip(jnp.arange(cells.shape[axis]), 0, jnp.maximum(count - 1, 0))
-                nearest = jnp.expand_dims(nearest, (-1, -3 - axis - 1))
-                scores = jnp.take_along_axis(scores, nearest, axis - 1)
+                nearest = jnp.minimum(jnp.arange(cells.shape[axis]), _extent(cells, axis) - 1)
+                scores = _rearranged(scores, nearest, axis)
         return self.upsample(scores, jnp.shape(images)[-3:-1])
 
     def _cells(self, images: Any, mask: Any) -> Array | None:
         """The mask on the grid: both begin in one corner, so that a cell holds image where its first pixel does."""
+        mask = self._checked_mask(images, mask)
+        return None if mask is None else mask[..., :: self.stride, :: self.stride]
+
+    def _checked_mask(self, images: Any, mask: Any) -> Array | None:
         if mask is None:
             return None
         mask = jnp.asarray(mask)
@@ -72,7 +74,7 @@ class RecurrentNetwork(Network):
                 f"mask: got shape {mask.shape}, dtype {mask.dtype}; expected booleans "
                 f"{jnp.shape(images)[:-1]}, as many as the images have pixels"
             )
-        return mask[..., :: self.stride, :: self.stride]
+        return mask
 
 
 class NReNet(RecurrentNetwork):
@@ -149,8 +151,7 @@ class NReNet(RecurrentNetwork):
     ) -> dict[str, Float[Array, "*batch rows columns features"]]:
         """What every layer gives, as "renet1_vertical", "renet1_horizontal", … (fig. 2); arguments as in `scores`."""
         x = normalized(images, self.in_channels)
-        self._cells(images, mask)
-        x, mask = _at_least_a_patch(x, mask, self.stride)
+        x, mask = _at_least_a_patch(x, self._checked_mask(images, mask), self.stride)
         found = {}
         for number, group in enumerate(self.groups, start=1):
             x = found[f"renet{number}_vertical"] = group.first(x, mask)
@@ -236,12 +237,11 @@ class HReNet(RecurrentNetwork):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        if isinstance(sources, str) or not isinstance(sources, Sequence):
+        known = isinstance(sources, tuple | list) and set(sources) <= set(SOURCES)
+        if not known or not sources or len(set(sources)) < len(sources):
             raise ValueError(
-                f"sources: got {sources!r}; expected a tuple of one or more of {', '.join(SOURCES)}"
+                f"sources: got {sources!r}; expected one or more of {', '.join(SOURCES)}, in a tuple"
             )
-        if not sources or not set(sources) <= set(SOURCES) or len(set(sources)) < len(sources):
-            raise ValueError(f"sources: got {tuple(sources)}; expected one or more of {', '.join(SOURCES)}")
         if normalization is not None and normalization not in get_args(Normalization):
             raise ValueError(f"normalization: got {normalization!r}; expected 'batch', 'l2' or None")
         for name, value in (("l2_scale", l2_scale), ("deviation", deviation)):
@@ -345,9 +345,18 @@ class HReNet(RecurrentNetwork):
         return (wide * self._l2_scale * lax.rsqrt(squares + 1e-12)).astype(x.dtype)
 
 
-def _at_least_a_patch(x: Array, mask: Any, patch: int) -> tuple[Array, Array | None]:
+def _extent(mask: Array, axis: int) -> Array:
+    """How many rows (axis -2) or columns (-1) of each image there are, at least 1, `[*batch, 1]`."""
+    return jnp.maximum(mask.any(-3 - axis).sum(-1, keepdims=True), 1)
+
+
+def _rearranged(x: Array, source: Array, axis: int) -> Array:
+    """Maps `[*batch, rows, columns, c]` with the rows (axis -2) or columns (-1) that `source`, `[*batch, n]`, names."""
+    return jnp.take_along_axis(x, jnp.expand_dims(source, -3 - axis)[..., None], axis - 1)
+
+
+def _at_least_a_patch(x: Array, mask: Array | None, patch: int) -> tuple[Array, Array | None]:
     """Images smaller than a patch reflected until they fill one; layers themselves fill up what does not divide."""
-    mask = None if mask is None else jnp.asarray(mask)
     for axis in (-2, -1) if patch > 1 else ():
         missing = max(0, patch - x.shape[axis - 1])
         if mask is None:
@@ -358,11 +367,10 @@ def _at_least_a_patch(x: Array, mask: Any, patch: int) -> tuple[Array, Array | N
         mask = jnp.pad(mask, widths)
         x = jnp.pad(x, [*widths, (0, 0)])
         # Every image of a padded batch has a size of its own, and what lies within the first patch may be padding.
-        count = jnp.maximum(mask.any(-3 - axis).sum(-1, keepdims=True), 1)
         index = jnp.arange(mask.shape[axis])
-        source = jnp.expand_dims(jnp.where(index < patch, _reflected(index, count), index), -3 - axis)
-        mask = jnp.take_along_axis(mask, source, axis)
-        x = jnp.take_along_axis(x, source[..., None], axis - 1)
+        source = jnp.where(index < patch, _reflected(index, _extent(mask, axis)), index)
+        mask = _rearranged(mask[..., None], source, axis)[..., 0]
+        x = _rearranged(x, source, axis)
     return x, mask
 
 

@@ -264,9 +264,7 @@ def test_what_is_not_an_option_is_named():
         return ModelConfig.of(name, 3, **options).create_abstract()
 
     for sources in ((), ("pool3",), ("pool4", "pool4"), "conv7", None):
-        with pytest.raises(
-            ValueError, match=r"sources: got .*; expected .*one or more of pool4, pool5, conv7"
-        ):
+        with pytest.raises(ValueError, match=r"sources: got .*; expected one or more of pool4, pool5, conv7"):
             make(sources=sources)
     for name, value in (
         ("normalization", "layer"),

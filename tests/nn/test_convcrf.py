@@ -17,7 +17,7 @@ optax = pytest.importorskip("optax")
 from jaxcrf.nn import ConvCRF  # noqa: E402  (needs flax)
 from jaxcrf.nn.mean_field import infer  # noqa: E402
 from jaxcrf.training import losses  # noqa: E402
-from layer_suite import (  # noqa: E402
+from layer_suite import (  # noqa: E402  (needs flax)
     LABELS,
     check_batches_and_reach,
     check_values_and_gradients,

@@ -15,7 +15,7 @@ pytest.importorskip("optax")
 from jaxcrf.models.parameters import named_leaves  # noqa: E402  (needs flax)
 from jaxcrf.nn import DeepParsing  # noqa: E402
 from jaxcrf.training.updates import select  # noqa: E402
-from layer_suite import moved  # noqa: E402
+from layer_suite import moved  # noqa: E402  (needs flax)
 
 LABELS = 3
 SMALL = {"num_contexts": 2, "context_size": 3, "window": 4}

@@ -14,7 +14,7 @@ nnx = pytest.importorskip("flax.nnx")
 
 from jaxcrf.nn import ConvCRF, DenseCRF  # noqa: E402  (needs flax)
 from jaxcrf.nn.mean_field import infer  # noqa: E402
-from layer_suite import (  # noqa: E402
+from layer_suite import (  # noqa: E402  (needs flax)
     LABELS,
     check_batches_and_reach,
     check_values_and_gradients,
